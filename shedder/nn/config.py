@@ -33,6 +33,7 @@ class ModelConfig:
     dt_limit: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
+        self._check_scalars()
         if self.family not in FAMILIES:
             raise LayoutError(f"family is {self.family!r}; accepted: one of {FAMILIES}")
         allowed = {"mamba1": ("scan", "removed_ssm", "removed_block"),
@@ -41,9 +42,24 @@ class ModelConfig:
             if layout.kind not in allowed:
                 raise LayoutError(f"layers[{index}] is a {layout.kind} layout; a {self.family} model accepts {allowed}")
 
+    def _check_scalars(self) -> None:
+        for name in ("d_model", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise LayoutError(f"{name} is {value!r}; accepted: an integer >= 1")
+        for name in ("tie_embeddings", "residual_in_fp32", "conv_bias", "proj_bias", "d_has_hdim",
+                     "norm_before_gate"):
+            if not isinstance(getattr(self, name), bool):
+                raise LayoutError(f"{name} is {getattr(self, name)!r}; accepted: true or false")
+        if not isinstance(self.norm_eps, float) or not 0 <= self.norm_eps < 1:
+            raise LayoutError(f"norm_eps is {self.norm_eps!r}; accepted: a float in [0, 1)")
+        low, high = self.dt_limit
+        if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 <= low <= high):
+            raise LayoutError(f"dt_limit is {self.dt_limit!r}; accepted: two numbers, 0 <= low <= high")
+
     def with_layer(self, index: int, layout: LayerLayout) -> ModelConfig:
         """The same model with another layout at `index`."""
-        return replace(self, layers=self.layers[:index] + (layout,) + self.layers[index + 1:])
+        return replace(self, layers=(*self.layers[:index], layout, *self.layers[index + 1:]))
 
     def to_json(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -58,6 +74,8 @@ class ModelConfig:
         if set(data) != names:
             raise LayoutError(f"model config has fields {sorted(data)}; accepted: exactly {sorted(names)}")
         values = dict(data)
+        if not isinstance(values["layers"], list):
+            raise LayoutError(f"layers is {values['layers']!r}; accepted: a list of layouts")
         layers = []
         for index, layer in enumerate(values["layers"]):
             try:
@@ -65,6 +83,8 @@ class ModelConfig:
             except LayoutError as error:
                 raise LayoutError(f"layers[{index}]: {error}") from error
         values["layers"] = tuple(layers)
+        if not isinstance(values["dt_limit"], list) or len(values["dt_limit"]) != 2:
+            raise LayoutError(f"dt_limit is {values['dt_limit']!r}; accepted: [low, high], high null for no limit")
         low, high = values["dt_limit"]
         values["dt_limit"] = (low, math.inf if high is None else high)
         return cls(**values)

@@ -1,0 +1,38 @@
+"""RMS norms: before each block, and gated inside a mixer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from shedder.layout import NormSegment
+from shedder.ops import rmsnorm_fn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight. Reads the (fp32) residual, returns the dtype of its weight."""
+
+    def __init__(self, channels: int, eps: float, device: torch.device | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rmsnorm_fn(x, self.weight, None, eps=self.eps).to(self.weight.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm over segments of channels, gated by silu(z) before or after the norm."""
+
+    def __init__(self, segments: tuple[NormSegment, ...], norm_before_gate: bool,
+                 device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.segments = [segment.channels for segment in segments]
+        self.eps = [segment.eps for segment in segments]
+        self.norm_before_gate = norm_before_gate
+        self.weight = nn.Parameter(torch.empty(sum(self.segments), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, z: Tensor | None) -> Tensor:
+        return rmsnorm_fn(x, self.weight, None, z=z, norm_before_gate=self.norm_before_gate,
+                          segments=self.segments, segment_eps=self.eps)

@@ -1,0 +1,79 @@
+"""What is left where something was removed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shedder.layout import RemovedSSM
+from shedder.nn.config import ModelConfig
+from shedder.nn.mamba2 import gate_and_norm_probed
+from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_parameter
+from shedder.nn.norm import GatedRMSNorm
+from shedder.nn.precision import wide_dtype
+from shedder.nn.state import LayerState, allocate_layer_state
+
+
+class RemovedSSMMixer(Mixer):
+    """y = D silu(conv(x)), gated and normalised as before; no B, C, dt, no state but the convolution's."""
+
+    value_constants = ("D",)                            # expanded to channels, which copies
+
+    def __init__(self, config: ModelConfig, layout: RemovedSSM, device: torch.device | None = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.layout = layout
+        dtype = dtype or torch.get_default_dtype()
+        self.is_mamba1 = config.family == "mamba1"
+        self.in_proj = empty_linear(config.d_model, layout.in_proj_rows, config.proj_bias, device, dtype)
+        self.conv1d = empty_conv(layout.d_inner, layout.conv_width, config.conv_bias, device, dtype)
+        self.D = empty_parameter(layout.d_inner if config.d_has_hdim else layout.nheads, device=device,
+                                 dtype=wide_dtype(dtype))
+        self.norm = (GatedRMSNorm(layout.norm_segments, config.norm_before_gate, device, dtype)
+                     if layout.norm_segments else None)
+        self.out_proj = empty_linear(layout.d_inner, config.d_model, config.proj_bias, device, dtype)
+
+    def allocate_state(self, batch: int, ssm_dtype: torch.dtype) -> LayerState:
+        weight = self.in_proj.weight
+        return allocate_layer_state(batch, self.layout.conv_channels, self.layout.conv_width, None,
+                                    weight.device, weight.dtype, ssm_dtype)
+
+    def _derive(self) -> tuple[Tensor, Tensor]:
+        heads, headdim = self.layout.nheads, self.layout.headdim
+        D = self.D.view(heads, -1).expand(heads, headdim).reshape(-1)             # one gain per channel
+        return self.conv1d.weight.squeeze(1), D
+
+    def forward(self, hidden: Tensor, state: LayerState | None = None) -> Tensor:
+        """hidden (B, L, d_model) -> (B, L, d_model), continuing from `state` and updating it."""
+        conv_weight, D = self.constants()
+        first, second = F.linear(hidden, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
+        x, z = (first, second) if self.is_mamba1 else (second, first)
+        x = convolve(x, conv_weight, self.conv1d.bias, state)                     # (B, L, d_inner)
+        if self.probe is not None:
+            return self._finish_probed(x, z, D)
+        y = (x * D).to(x.dtype)
+        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        return F.linear(y, self.out_proj.weight, self.out_proj.bias)
+
+    def _finish_probed(self, x: Tensor, z: Tensor, D: Tensor) -> Tensor:
+        probe = self.probe
+        assert probe is not None
+
+        def seen(name: str, tensor: Tensor) -> Tensor:
+            if self.is_mamba1:
+                return probe(name, tensor.transpose(1, 2)).transpose(1, 2)
+            return probe(name, tensor.unflatten(-1, (self.layout.nheads, self.layout.headdim))).flatten(2)
+
+        x = seen("x", x)
+        y = seen("y", (x * D).to(x.dtype))
+        y = gate_and_norm_probed(y, z, self.norm, probe)
+        return probe("out", F.linear(y, self.out_proj.weight, self.out_proj.bias))
+
+
+class PassThrough(nn.Module):
+    """Nothing: hidden and residual pass. Keeps the index of a removed block taken."""
+
+    def forward(self, hidden: Tensor, residual: Tensor | None, state: LayerState | None = None
+                ) -> tuple[Tensor, Tensor | None]:
+        return hidden, residual
