@@ -1,0 +1,148 @@
+// Selective scan, forward.
+//
+//   delta  = softplus(delta + bias)
+//   h[t,n] = exp(delta[t] A[n]) h[t-1,n] + delta[t] B[t,n] u[t]
+//   y[t]   = (sum_n C[t,n] h[t,n] + D u[t]) silu(z[t])
+//
+// kLanes neighbouring threads of a warp own one channel, kStates states each, and walk along t with h in registers;
+// the sum over n crosses the lanes by shuffles. Where every channel of the CTA reads the same group, B and C of
+// kTile steps enter shared memory once for all of them; else each thread reads its group from global memory.
+// Bound: one ex2 per (t, n).
+
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace shedder {
+
+struct Strides3 {
+    int64_t batch, channel, time;
+};
+
+struct Strides4 {
+    int64_t batch, group, state, time;
+};
+
+struct SelectiveScanParams {
+    const void *u, *delta, *B, *C, *z;                       // Input; z may be null
+    const float *A, *D, *delta_bias, *initial_state;         // all but A may be null
+    void *y;
+    float *final_state;                                      // (batch, channel, state) contiguous, as initial_state
+    const int32_t *channel_to_group;                         // null: one group
+    Strides3 u_strides, delta_strides, z_strides, y_strides;
+    Strides4 B_strides, C_strides;
+    int64_t A_channel_stride, A_state_stride, D_stride, delta_bias_stride;
+    int batch, channels, length, dstate;
+    bool delta_softplus;
+};
+
+constexpr int kScanThreads = 128;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+template <>
+__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+// log(1 + exp(x)); log1p keeps the small values of very negative x, which log(1 + ...) rounds to zero.
+__device__ inline float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
+__device__ inline float silu(float x) { return x / (1.f + expf(-x)); }
+
+template <typename Input, int kStates, int kLanes, bool kOneGroup>
+__global__ void __launch_bounds__(kScanThreads) selective_scan_fwd(SelectiveScanParams p) {
+    constexpr int kChannels = kScanThreads / kLanes;
+    constexpr int kTile = 16;
+    constexpr int kPitch = kStates * kLanes;                 // padded states hold zeros and stay zero
+    __shared__ float B_tile[kOneGroup ? kTile : 1][kPitch];
+    __shared__ float C_tile[kOneGroup ? kTile : 1][kPitch];
+
+    const int lane = threadIdx.x % kLanes;
+    const int channel = blockIdx.x * kChannels + threadIdx.x / kLanes;
+    const bool active = channel < p.channels;
+    const int64_t c = active ? channel : p.channels - 1;     // spare threads follow the last channel and never write
+    const int64_t b = blockIdx.y;
+    const int first = lane * kStates;
+
+    const Input *u = static_cast<const Input *>(p.u) + b * p.u_strides.batch + c * p.u_strides.channel;
+    const Input *delta = static_cast<const Input *>(p.delta) + b * p.delta_strides.batch + c * p.delta_strides.channel;
+    const Input *z = p.z == nullptr
+        ? nullptr : static_cast<const Input *>(p.z) + b * p.z_strides.batch + c * p.z_strides.channel;
+    Input *y = static_cast<Input *>(p.y) + b * p.y_strides.batch + c * p.y_strides.channel;
+    const int64_t group = p.channel_to_group == nullptr ? 0 : p.channel_to_group[c];
+    const Input *B = static_cast<const Input *>(p.B) + b * p.B_strides.batch + group * p.B_strides.group;
+    const Input *C = static_cast<const Input *>(p.C) + b * p.C_strides.batch + group * p.C_strides.group;
+    const int64_t state_row = (b * p.channels + c) * p.dstate;
+
+    constexpr float kLog2e = 1.4426950408889634f;
+    float A[kStates], h[kStates];
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+        const int n = first + i;
+        const bool real = n < p.dstate;
+        A[i] = real ? p.A[c * p.A_channel_stride + n * p.A_state_stride] * kLog2e : 0.f;
+        h[i] = real && p.initial_state != nullptr ? p.initial_state[state_row + n] : 0.f;
+    }
+    const float skip = p.D == nullptr ? 0.f : p.D[c * p.D_stride];
+    const float bias = p.delta_bias == nullptr ? 0.f : p.delta_bias[c * p.delta_bias_stride];
+
+    for (int start = 0; start < p.length; start += kTile) {
+        const int steps = min(kTile, p.length - start);
+        if constexpr (kOneGroup) {
+            __syncthreads();
+            for (int i = threadIdx.x; i < kTile * kPitch; i += kScanThreads) {
+                const int t = i % kTile, n = i / kTile;      // time fastest: rows of B and C are contiguous in time
+                const bool real = t < steps && n < p.dstate;
+                B_tile[t][n] = real ? to_float(B[n * p.B_strides.state + (start + t) * p.B_strides.time]) : 0.f;
+                C_tile[t][n] = real ? to_float(C[n * p.C_strides.state + (start + t) * p.C_strides.time]) : 0.f;
+            }
+            __syncthreads();
+        }
+        for (int s = 0; s < steps; ++s) {
+            const int64_t t = start + s;
+            const float u_t = to_float(u[t * p.u_strides.time]);
+            float step = to_float(delta[t * p.delta_strides.time]) + bias;
+            step = p.delta_softplus ? softplus(step) : step;
+            const float input = step * u_t;
+            float sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < kStates; ++i) {
+                const int n = first + i;
+                float B_t, C_t;
+                if constexpr (kOneGroup) {
+                    B_t = B_tile[s][n];
+                    C_t = C_tile[s][n];
+                } else {
+                    B_t = n < p.dstate ? to_float(B[n * p.B_strides.state + t * p.B_strides.time]) : 0.f;
+                    C_t = n < p.dstate ? to_float(C[n * p.C_strides.state + t * p.C_strides.time]) : 0.f;
+                }
+                h[i] = exp2f(step * A[i]) * h[i] + input * B_t;
+                sum += C_t * h[i];
+            }
+#pragma unroll
+            for (int offset = kLanes / 2; offset > 0; offset /= 2)
+                sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+            if (active && lane == 0) {
+                sum += skip * u_t;
+                if (z != nullptr) sum *= silu(to_float(z[t * p.z_strides.time]));
+                y[t * p.y_strides.time] = from_float<Input>(sum);
+            }
+        }
+    }
+    if (!active) return;
+#pragma unroll
+    for (int i = 0; i < kStates; ++i)
+        if (first + i < p.dstate) p.final_state[state_row + first + i] = h[i];
+}
+
+}  // namespace shedder
