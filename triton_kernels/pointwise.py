@@ -1,0 +1,40 @@
+"""Softplus, SiLU and the clamp of dt, as every kernel here computes them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) with full relative accuracy at both ends.
+
+    log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3: the first term left out is below 2e-9 of the sum.
+    """
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    w = s * s
+    series = 1.0 / 15
+    series = series * w + 1.0 / 13
+    series = series * w + 1.0 / 11
+    series = series * w + 1.0 / 9
+    series = series * w + 1.0 / 7
+    series = series * w + 1.0 / 5
+    series = series * w + 1.0 / 3
+    series = series * w + 1.0
+    return tl.where(x > 0.0, x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def discrete_dt(dt, bias, SOFTPLUS: tl.constexpr):
+    """softplus(dt + bias) in fp32; bias may be None."""
+    dt = dt.to(tl.float32)
+    if bias is not None:
+        dt += bias
+    if SOFTPLUS:
+        dt = softplus(dt)
+    return dt
