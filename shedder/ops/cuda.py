@@ -37,12 +37,15 @@ def supports(op: str, **facts: Any) -> str | None:
     """None, or why this backend does not do this case. Facts it does not know are ignored."""
     if op != "selective_scan":
         return f"the CUDA backend has no {op}"
+    if facts.get("device", "cuda") != "cuda":
+        return f"tensors on {facts['device']}; accepted: cuda"
     dtype, dstate = facts.get("dtype"), facts.get("dstate")
     if dtype is not None and dtype not in _DTYPES:
         return f"dtype {dtype}; accepted: float32, float16, bfloat16"
     if dstate is not None and not 1 <= dstate <= 256:
         return f"dstate {dstate}; accepted: 1..256"
-    for fact, name in (("complex_a", "complex A"), ("seq_idx", "seq_idx"), ("constant_bc", "B and C constant in time")):
+    for fact, name in (("complex", "complex A"), ("seq_idx", "seq_idx"), ("constant_B", "B constant in time"),
+                       ("constant_C", "C constant in time")):
         if facts.get(fact):
             return f"the CUDA selective_scan does not do {name}"
     return None
@@ -52,8 +55,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
                    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
                    channel_to_group: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
     """(y, final_state); see shedder.reference.selective_scan."""
-    reason = supports("selective_scan", dtype=u.dtype, dstate=A.shape[1], complex_a=A.is_complex(),
-                      seq_idx=seq_idx is not None, constant_bc=B.dim() == 2 or C.dim() == 2)
+    reason = supports("selective_scan", dtype=u.dtype, dstate=A.shape[1], complex=A.is_complex(),
+                      seq_idx=seq_idx is not None, constant_B=B.dim() == 2, constant_C=C.dim() == 2)
     if reason is not None:
         raise ValueError(reason)
     y = torch.empty_like(u)

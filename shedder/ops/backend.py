@@ -1,0 +1,110 @@
+"""The choice of a backend: which one runs a call, and why each of the others does not.
+
+A backend is a module of this package with
+    available() -> str | None             why it cannot run here at all, or None
+    supports(op, **facts) -> str | None   why it cannot run this call, or None
+    kernel(op, **facts) -> str            optional: the name of the kernel that a call takes
+and one function for each op that it implements. The facts of a call are
+
+    every op        device ("cpu", "cuda"), dtype (of x or u), batch, length
+    selective_scan  channels, dstate, groups, complex, constant_B, constant_C, initial_state, seq_idx
+    ssd             heads, headdim, dstate, groups, dt_dtype, initial_states, seq_idx
+    state_update    heads, headdim, dstate, groups, slots, state_dtype, dt_dtype, indexed
+    causal_conv1d   channels, width, weight_dtype, channel_last, initial_states, seq_idx
+    causal_conv1d_update    channels, width, weight_dtype, ring, indexed
+    gated_rmsnorm   width, weight_dtype, segments (a tuple), gated, norm_before_gate
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any
+
+ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}    # of backend="auto", by device
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+OPS = ("selective_scan", "ssd", "state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm")
+_MODULES = {"cuda": "shedder.ops.cuda", "triton": "shedder.ops.triton", "cpu": "shedder.ops.cpu",
+            "reference": "shedder.ops.reference_backend"}
+
+Facts = tuple[tuple[str, Any], ...]              # hashable, so that a decision is made once
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend and kernel that one op takes, and why each other backend is not taken."""
+
+    op: str
+    backend: str
+    kernel: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend} ({self.kernel})"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+@cache
+def _module(backend: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported."""
+    try:
+        return importlib.import_module(_MODULES[backend])
+    except ImportError as error:
+        return f"{_MODULES[backend]} cannot be imported: {error}"
+
+
+def _refusal(backend: str, op: str, facts: dict[str, Any]) -> str | None:
+    """Why `backend` cannot run this call, or None."""
+    module = _module(backend)
+    if isinstance(module, str):
+        return module
+    reason = module.available()
+    if reason is not None:
+        return reason
+    if not hasattr(module, op):
+        return f"the {backend} backend has no {op}"
+    return module.supports(op, **facts)
+
+
+@lru_cache(maxsize=8192)
+def decide(op: str, backend: str, facts: Facts) -> Explanation:
+    """The decision for one op. Raises ValueError where a forced backend cannot run the call."""
+    known = dict(facts)
+    if backend not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend is {backend!r}; accepted: None, 'auto' or one of {BACKENDS}")
+    device = known["device"]
+    candidates: tuple[str, ...] = ORDER.get(device, ("reference",)) if backend == "auto" else (backend,)
+    rejected: dict[str, str] = {}
+    if 0 in (known["batch"], known["length"]):
+        rejected = {name: "there is nothing to compute" for name in candidates if name != "reference"}
+        candidates = ("reference",)
+    for name in candidates:
+        reason = _refusal(name, op, known)
+        if reason is None:
+            for other in BACKENDS:
+                if other != name and other not in rejected:
+                    rejected[other] = _refusal(other, op, known) or (
+                        f"comes after {name}" if backend == "auto" else f"backend={backend!r} was asked for")
+            module = _module(name)
+            kernel = getattr(module, "kernel", None)
+            return Explanation(op, name, kernel(op, **known) if kernel else f"shedder.ops.{name}.{op}",
+                               known, rejected)
+        rejected[name] = reason
+    raise ValueError(f"backend={backend!r} cannot run {op}: {rejected[backend]}")
+
+
+@lru_cache(maxsize=8192)
+def choose(op: str, backend: str, facts: Facts) -> Callable[..., Any]:
+    """The function that runs this call."""
+    return getattr(_module(decide(op, backend, facts).backend), op)
+
+
+def clear_decisions() -> None:
+    """Forget past decisions, as after a backend has become available."""
+    for cached in (_module, decide, choose):
+        cached.cache_clear()

@@ -1,0 +1,102 @@
+"""The reference backend: shedder.reference behind the signatures that all backends share.
+
+It runs everywhere and takes every case; it is as slow as a Python loop over time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shedder import reference
+
+
+def available() -> str | None:
+    return None
+
+
+def supports(op: str, **facts: Any) -> str | None:
+    return None
+
+
+def kernel(op: str, **facts: Any) -> str:
+    return f"shedder.reference.{op}"
+
+
+def _into(y: Tensor, value: Tensor) -> Tensor:
+    return y.copy_(value) if y.numel() else y
+
+
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+                   delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
+                   channel_to_group: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    y, state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+                                        initial_state=initial_state, channel_to_group=channel_to_group,
+                                        seq_idx=seq_idx)
+    return _into(torch.empty_like(u), y), _own(state, initial_state)
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
+        initial_states: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    y, states = reference.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, (dt_min, dt_max),
+                              head_to_group=head_to_group, initial_states=initial_states, seq_idx=seq_idx)
+    return _into(torch.empty(x.shape, dtype=x.dtype, device=x.device), y), _own(states, initial_states)
+
+
+def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+                 z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, head_to_group: Tensor,
+                 state_batch_indices: Tensor | None) -> Tensor:
+    y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    rows, slots = _rows(x.shape[0], state_batch_indices)
+    pick = [t if t is None else t[rows] for t in (x, dt, B, C, z)]
+    got, new = reference.state_update(state[slots], pick[0], pick[1], A, pick[2], pick[3], D, pick[4], dt_bias,
+                                      dt_softplus, head_to_group=head_to_group)
+    state[slots] = new.to(state.dtype)
+    y[rows] = got.to(y.dtype)
+    return y
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
+                  seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    final = torch.zeros(*x.shape[:2], weight.shape[1] - 1, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x)
+    if not y.numel():
+        return y, final if initial_states is None else _into(final, initial_states)
+    got, states = reference.causal_conv1d(x, weight, bias, "silu" if silu else None,
+                                          initial_states=initial_states, seq_idx=seq_idx)
+    return _into(y, got), _into(final, states)
+
+
+def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,
+                         cache_seqlens: Tensor | None, conv_state_indices: Tensor | None) -> Tensor:
+    y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    rows, slots = _rows(x.shape[0], conv_state_indices)
+    got, new = reference.causal_conv1d_update(x[rows], conv_state[slots], weight, bias, "silu" if silu else None,
+                                              cache_seqlens=None if cache_seqlens is None else cache_seqlens[rows])
+    conv_state[slots] = new
+    y[rows] = got.to(y.dtype)
+    return y
+
+
+def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, segments: list[int],
+                  eps: list[float], norm_before_gate: bool) -> Tensor:
+    y = reference.gated_rmsnorm(x, weight, bias, z, segments=segments, eps=eps, norm_before_gate=norm_before_gate)
+    return _into(torch.empty(x.shape, dtype=x.dtype, device=x.device), y)
+
+
+def _own(state: Tensor, initial: Tensor | None) -> Tensor:
+    """A state that is no view of an input: an empty sequence hands its initial state back."""
+    return state if initial is None else state.clone()
+
+
+def _rows(batch: int, indices: Tensor | None) -> tuple[Tensor | slice, Tensor | slice]:
+    """The batch rows that have a state, and the slots of their states; a negative index has none."""
+    if indices is None:
+        return slice(0, batch), slice(0, batch)
+    rows = torch.nonzero(indices >= 0)[:, 0]
+    return rows, indices[rows].long()
