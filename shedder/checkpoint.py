@@ -29,6 +29,7 @@ from shedder.layout import LayoutError
 from shedder.models import find_source
 from shedder.models.family import CheckpointError
 from shedder.nn import LanguageModel, ModelConfig
+from shedder.text import TOKENIZER_FILES
 
 __all__ = ["CheckpointError", "expected_tensors", "load", "save_pretrained"]
 
@@ -36,9 +37,6 @@ FORMAT, VERSION = "shedder", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FIELDS = ("format", "version", "dtype", "model", "tokenizer", "plan", "provenance", "checksums")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-                   "generation_config.json", "chat_template.jinja")
 TIED, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
 
 
@@ -124,7 +122,7 @@ def _load_own(folder: Path, data: dict[str, Any]) -> LanguageModel:
                                       "the file is damaged")
             with torch.no_grad():
                 model.get_parameter(name).copy_(tensor)
-    model.tokenizer, model.plan, model.provenance = data["tokenizer"], data["plan"], data["provenance"]
+    model.tokenizer_name, model.plan, model.provenance = data["tokenizer"], data["plan"], data["provenance"]
     return model
 
 
@@ -266,7 +264,7 @@ def save_pretrained(model: LanguageModel, folder: str | Path) -> None:
             raise CheckpointError(f"the model: {name} is {tensors[name].dtype}, a model of {model.dtype} has it as "
                                   f"{dtype}")
     config = {"format": FORMAT, "version": VERSION, "dtype": dtype_name, "model": model.config.to_json(),
-              "tokenizer": model.tokenizer, "plan": model.plan, "provenance": model.provenance,
+              "tokenizer": model.tokenizer_name, "plan": model.plan, "provenance": model.provenance,
               "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()}}
     try:
         text = json.dumps(config, indent=1, allow_nan=False)

@@ -16,6 +16,7 @@ from shedder.nn.mixer import Mixer
 from shedder.nn.norm import RMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import ModelState
+from shedder.text import Tokenizer, load_tokenizer
 
 
 class Backbone(nn.Module):
@@ -33,7 +34,7 @@ class LanguageModel(nn.Module):
     """A Mamba language model whose layers may all have different shapes.
 
     A new model has random parameters; with initialise=False they hold whatever the memory held,
-    for a caller who writes them all. `tokenizer` ("bytes", or None when unknown or in
+    for a caller who writes them all. `tokenizer_name` ("bytes", or None when unknown or in
     tokenizer_folder), `plan` and `provenance` (JSON values) travel with checkpoints.
     """
 
@@ -50,7 +51,7 @@ class LanguageModel(nn.Module):
             self.lm_head.out_features = config.vocab_size
         if initialise:
             _initialise(self)
-        self.tokenizer: str | None = None
+        self.tokenizer_name: str | None = None
         self.tokenizer_folder: Path | None = None
         self.plan: dict[str, Any] | None = None
         self.provenance: dict[str, Any] = {}
@@ -64,6 +65,13 @@ class LanguageModel(nn.Module):
     def mixers(self) -> list[Mixer | None]:
         """One mixer per layer; None where the block is removed."""
         return [layer.mixer if isinstance(layer, Block) else None for layer in self.layers]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Encodes text for this model; raises ValueError when the model came without one."""
+        if self.tokenizer_name is None and self.tokenizer_folder is None:
+            raise ValueError("this model has no tokenizer: its folder held none; pass tokens instead of text")
+        return load_tokenizer(self.tokenizer_folder, self.tokenizer_name)
 
     @property
     def device(self) -> torch.device:
