@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -75,6 +75,10 @@ def integers(name: str, tensor: Tensor, shape: tuple[int | None, ...], letters: 
     return tensor.to(torch.int32)
 
 
+@overload
+def parameter(tensor: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def parameter(tensor: None, like: Tensor) -> None: ...
 def parameter(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     """A per-channel or per-head parameter as backends take it: float32, or float64 in a float64 call.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: Tensor | None = None,
                      initial_states: Tensor | None = None, return_final_states: bool = False,
                      final_states_out: Tensor | None = None, activation: str | None = None, *,
-                     backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                     backend: str | None = None) -> Any:
     """y[c,t] = act(bias[c] + sum_w weight[c,w] x[c, t - (W-1) + w]), over any number of channels.
 
     Args:

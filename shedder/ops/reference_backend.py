@@ -51,9 +51,9 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
                  state_batch_indices: Tensor | None) -> Tensor:
     y = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     rows, slots = _rows(x.shape[0], state_batch_indices)
-    pick = [t if t is None else t[rows] for t in (x, dt, B, C, z)]
-    got, new = reference.state_update(state[slots], pick[0], pick[1], A, pick[2], pick[3], D, pick[4], dt_bias,
-                                      dt_softplus, head_to_group=head_to_group)
+    got, new = reference.state_update(state[slots], x[rows], dt[rows], A, B[rows], C[rows], D,
+                                      None if z is None else z[rows], dt_bias, dt_softplus,
+                                      head_to_group=head_to_group)
     state[slots] = new.to(state.dtype)
     y[rows] = got.to(y.dtype)
     return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +68,7 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
                       z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
                       return_last_state: bool = False, *, initial_state: Tensor | None = None,
                       channel_to_group: GroupMap = None, seq_idx: Tensor | None = None,
-                      backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                      backend: str | None = None) -> Any:
     """Selective scan of Mamba (Gu and Dao, 2023, eq. 2), over any number of channels.
 
         delta  = softplus(delta + bias)
@@ -215,5 +217,4 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
         C = finish(rest.pop(0), C_proj_bias, c_rms_weight)
     y = selective_scan_fn(x, delta.to(x.dtype), A, B, C, D, z, delta_bias, delta_softplus,
                           channel_to_group=channel_to_group, backend=backend)
-    assert isinstance(y, Tensor)
     return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)

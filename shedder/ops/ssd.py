@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def mamba_chunk_scan_combined(
         seq_idx: Tensor | None = None, cu_seqlens: Tensor | Sequence[int] | None = None, dt_softplus: bool = False,
         dt_limit: tuple[float, float] = (0.0, math.inf), return_final_states: bool = False,
         return_varlen_states: bool = False, state_dtype: torch.dtype | None = None, *,
-        head_to_group: GroupMap = None, backend: str | None = None) -> Tensor | tuple[Tensor, ...]:
+        head_to_group: GroupMap = None, backend: str | None = None) -> Any:
     """State-space duality layer of Mamba-2 (Dao and Gu, 2024, eq. 1), any number of heads on any groups.
 
         dt       = clamp(softplus(dt + bias), *dt_limit)
@@ -154,9 +155,10 @@ def mamba_chunk_scan_combined(
         own = None
         if initial_states is not None and i < initial_states.shape[0]:
             own = initial_states[i:i + 1]
-        x_i, dt_i, B_i, C_i, z_i, seq_i = (None if t is None else t[:, start:end] for t in (x, dt, B, C, z, seq_idx))
-        out, states = _ssd(x_i, dt_i, A, B_i, C_i, D, z_i, dt_bias, dt_softplus, low, high, group_map, own, seq_i,
-                           backend)
+        part = slice(start, end)
+        out, states = _ssd(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, None if z is None else z[:, part],
+                           dt_bias, dt_softplus, low, high, group_map, own,
+                           None if seq_idx is None else seq_idx[:, part], backend)
         outs.append(out)
         ends.append(states)
     result: tuple[Tensor, ...] = (torch.cat(outs, dim=1),)
@@ -191,7 +193,7 @@ def mamba_split_conv1d_scan_combined(
         ngroups: int = 1, norm_before_gate: bool = True, state_dtype: torch.dtype | None = None, *,
         head_to_group: GroupMap = None, dstate: int | None = None,
         norm_segments: Sequence[tuple[int, float]] | None = None, row_padding: int = 0,
-        backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        backend: str | None = None) -> Any:
     """A Mamba-2 mixer after its input projection: convolution, SSD with softplus, gated norm, output projection.
 
     Args:
@@ -244,7 +246,7 @@ def mamba_split_conv1d_scan_combined(
     batch, length = zxbcdt.shape[:2]
     mlp, z, xBC, dt = zxbcdt[..., :columns - row_padding].split([2 * d_mlp, inner, channels, heads], dim=-1)
     xBC = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation,
-                           backend=backend).transpose(1, 2)         # type: ignore[union-attr]
+                           backend=backend).transpose(1, 2)
     x, B, C = xBC.split([inner, states // 2, states // 2], dim=-1)
     scanned = mamba_chunk_scan_combined(
         x.unflatten(-1, (heads, headdim)), dt, A, B.unflatten(-1, (ngroups, dstate)),

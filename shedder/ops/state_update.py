@@ -96,9 +96,9 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
         check_dtype(name, tensor, FLOATS)
     check_parameter("state or x", state if state.dtype == torch.float64 else x, dt=dt, A=A, B=B, C=C, D=D, z=z,
                     dt_bias=dt_bias)
-    for name, tensor in (("B", B), ("C", C), ("z", z)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} but x is {x.dtype}; accepted: the dtype of x")
+    for name, own in (("B", B), ("C", C), ("z", z)):
+        if own is not None and own.dtype != x.dtype:
+            raise ValueError(f"{name} is {own.dtype} but x is {x.dtype}; accepted: the dtype of x")
     check_same_device("state", state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
                       state_batch_indices=state_batch_indices)
     mapped = units[0]
@@ -106,7 +106,7 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
                              "channels" if is_single_head else "heads")
     if is_single_head:
         y = _state_update(state.unsqueeze(1), x.unsqueeze(1), dt.unsqueeze(1), parameter(A, x).unsqueeze(0), B, C,
-                          _as_head(parameter(D, x)), _as_head(z, 1), _as_head(parameter(dt_bias, x)), dt_softplus,
+                          _as_head(parameter(D, x), 0), _as_head(z, 1), _as_head(parameter(dt_bias, x), 0), dt_softplus,
                           group_map, state_batch_indices, backend or "auto")
         return y.squeeze(1)
     if mapped == 1:                                                # one head: the op numbers its channels instead
@@ -115,7 +115,7 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
                          group_map, state_batch_indices, backend or "auto")
 
 
-def _as_head(tensor: Tensor | None, dim: int = 0) -> Tensor | None:
+def _as_head(tensor: Tensor | None, dim: int) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(dim)
 
 
