@@ -1,0 +1,9 @@
+"""Decide what to remove from a model, and remove it."""
+
+from shedder.prune.mask import masked
+from shedder.prune.plan import LayerPlan, Plan, PlanError
+from shedder.prune.search import prefix, search
+from shedder.prune.size import parameter_count, state_bytes
+from shedder.prune.slice import compact
+
+__all__ = ["LayerPlan", "Plan", "PlanError", "compact", "masked", "parameter_count", "prefix", "search", "state_bytes"]
