@@ -50,7 +50,7 @@ class Explanation:
 
 
 @cache
-def _module(backend: str) -> ModuleType | str:
+def module_of(backend: str) -> ModuleType | str:
     """The backend's module, or why it cannot be imported."""
     try:
         return importlib.import_module(_MODULES[backend])
@@ -60,7 +60,7 @@ def _module(backend: str) -> ModuleType | str:
 
 def _refusal(backend: str, op: str, facts: dict[str, Any]) -> str | None:
     """Why `backend` cannot run this call, or None."""
-    module = _module(backend)
+    module = module_of(backend)
     if isinstance(module, str):
         return module
     reason = module.available()
@@ -90,7 +90,7 @@ def decide(op: str, backend: str, facts: Facts) -> Explanation:
                 if other != name and other not in rejected:
                     rejected[other] = _refusal(other, op, known) or (
                         f"comes after {name}" if backend == "auto" else f"backend={backend!r} was asked for")
-            module = _module(name)
+            module = module_of(name)
             kernel = getattr(module, "kernel", None)
             return Explanation(op, name, kernel(op, **known) if kernel else f"shedder.ops.{name}.{op}",
                                known, rejected)
@@ -101,10 +101,10 @@ def decide(op: str, backend: str, facts: Facts) -> Explanation:
 @lru_cache(maxsize=8192)
 def choose(op: str, backend: str, facts: Facts) -> Callable[..., Any]:
     """The function that runs this call."""
-    return getattr(_module(decide(op, backend, facts).backend), op)
+    return getattr(module_of(decide(op, backend, facts).backend), op)
 
 
 def clear_decisions() -> None:
     """Forget past decisions, as after a backend has become available."""
-    for cached in (_module, decide, choose):
+    for cached in (module_of, decide, choose):
         cached.cache_clear()
