@@ -11,12 +11,12 @@ TRITON := triton==3.6.0
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet
+INSTALL := $(RUN) -m pip install --disable-pip-version-check -qq
 # Two stamps: what is installed, and what is compiled for which GPUs.
 READY := $(VENV)/installed
 comma := ,
 BUILT := $(VENV)/built-for-$(or $(subst ;,$(comma),$(subst $() ,$(comma),$(SHEDDER_CUDA_ARCHS))),visible)
-SOURCES := setup.py pyproject.toml CMakeLists.txt csrc csrc/cpu csrc/ops csrc/kernels $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type d -o -name "*.cpp" -o -name "*.h" -o -name "*.cu*")
 
 .PHONY: demo test test-gpu lint build bench clean
 .DEFAULT_GOAL := build
@@ -51,14 +51,14 @@ $(READY): requirements-dev.txt
 	@test -n "$(CXX)" && command -v $(firstword $(CXX)) >/dev/null || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
 	  echo "no C++ compiler found (c++, g++, clang++). On Debian: apt-get install g++" >&2; exit 1; }
 	@test -x $(RUN) && $(RUN) -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
-	@echo "installing requirements-dev.txt into $(VENV)"
+	@echo "installing requirements-dev.txt into $(VENV) (once; minutes)"
 	$(INSTALL) -r requirements-dev.txt
 	@$(RUN) -c 'import triton' 2>/dev/null || $(INSTALL) $(TRITON)
 	@touch $@
 
 # --no-build-isolation: torch is in .venv already, and pip would fetch it once more into an isolated environment.
 $(BUILT): $(READY) $(SOURCES)
-	$(INSTALL) --no-build-isolation --no-deps --editable . || { $(INSTALL) --verbose --no-build-isolation --no-deps --editable .; exit 1; }
+	$(INSTALL) --no-build-isolation --no-deps --editable .
 	@$(RUN) -c 'from shedder import native; print("CPU library:", native.cpu_status()); print("CUDA library:", native.cuda_status())'
 	@rm -f $(VENV)/built-for-*
 	@touch $@

@@ -43,12 +43,13 @@ def parse_cuda_archs(text: str) -> list[str]:
     names = ["90a" if name == "90" else name for name in names]
     unknown = [name for name in names if name not in CUDA_ARCHS]
     if unknown or not names:
-        raise BuildError(f"SHEDDER_CUDA_ARCHS is {text!r}; accepted: none, all, or a list out of {','.join(CUDA_ARCHS)}")
+        accepted = f"none, all, or a list out of {','.join(CUDA_ARCHS)}"
+        raise BuildError(f"SHEDDER_CUDA_ARCHS is {text!r}; accepted: {accepted}")
     return sorted(set(names), key=CUDA_ARCHS.index)
 
 
 def arch_for(major: int, minor: int) -> str | None:
-    """The architecture whose code runs on a GPU of this compute capability: same major, the highest minor up to its own."""
+    """The architecture whose code this GPU runs: that of its own major, with the highest minor up to its own."""
     best = None
     for name in CUDA_ARCHS:
         number = int(name.rstrip("a"))
@@ -94,11 +95,12 @@ def choose_cuda_archs(nvcc: str | None) -> tuple[list[str], str]:
     if not wish:
         capabilities = visible_capabilities()
         if not capabilities:
-            return [], "no GPU was visible when shedder was built; set SHEDDER_CUDA_ARCHS (e.g. 90a, or all) to build all the same"
+            return [], "no GPU was visible when this was built (SHEDDER_CUDA_ARCHS=90a or all builds it all the same)"
         matches = {arch_for(*capability) for capability in capabilities}
         archs = [name for name in CUDA_ARCHS if name in matches]
         if not archs:
-            return [], f"the visible GPU has compute capability {capabilities[0]}; shedder has CUDA kernels for {','.join(CUDA_ARCHS)}"
+            major, minor = capabilities[0]
+            return [], f"the visible GPU is sm_{major}{minor}; there are CUDA kernels for {', '.join(CUDA_ARCHS)}"
     codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout
     known = [name for name in archs if f"sm_{name.rstrip('a')}" in codes.split()]
     if not known:
@@ -109,7 +111,7 @@ def choose_cuda_archs(nvcc: str | None) -> tuple[list[str], str]:
 def find_torch() -> tuple[Path, str]:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise BuildError("torch is not installed in this environment; pip install torch first, or drop --no-build-isolation")
+        raise BuildError("torch is not in this environment; pip install torch first, or drop --no-build-isolation")
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         raise BuildError(f"torch is {version}; accepted: 2.10 or later")
@@ -191,6 +193,11 @@ class CMakeBuild(build_ext):
 
 class PlatformWheel(bdist_wheel):
     """py3-none-<platform>: the stable ABI needs no Python headers, so one wheel serves every Python."""
+
+    def run(self) -> None:
+        # A module that was deleted since the last build must not travel in the wheel.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
