@@ -71,7 +71,7 @@ def _kernel_seconds(calls: Sequence[Call], rounds: int) -> float:
 
 
 def gpu_clock(sides: Sequence[Sequence[Call]], budget_s: float = 0.3, rounds: int = 50) -> tuple[list[float], str]:
-    """Seconds of GPU time of one call of each side, and how they were taken ("graph" or "profiler").
+    """Seconds of GPU time of one call of each side, and how they were taken ("graph", or "profiler: why").
 
     A side is a list of calls, the same work on different buffers: together larger than the L2
     cache, or small shapes are measured warm. Sides are replayed in turn, so that a drifting clock
@@ -79,9 +79,10 @@ def gpu_clock(sides: Sequence[Sequence[Call]], budget_s: float = 0.3, rounds: in
     """
     try:
         graphs = [_captured(calls) for calls in sides]
-    except Exception:                                   # whatever a foreign op does under capture
+    except Exception as error:                          # whatever a foreign op does under capture
         torch.cuda.synchronize()
-        return [_kernel_seconds(calls, 5) for calls in sides], "profiler"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return [_kernel_seconds(calls, 5) for calls in sides], f"profiler: {reason}"
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for graph in graphs:
         for _ in range(2):
@@ -98,13 +99,16 @@ def gpu_clock(sides: Sequence[Sequence[Call]], budget_s: float = 0.3, rounds: in
 
 def copy_rate(device: torch.device | str = "cuda", gibibytes: float = 1.0) -> float:
     """Bytes per second of a large device-to-device copy, bytes read and bytes written both counted."""
-    source = torch.empty(int(gibibytes * 2 ** 30), dtype=torch.uint8, device=device).random_()
+    source = torch.arange(int(gibibytes * 2 ** 28), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     (seconds,), _ = gpu_clock([[lambda: target.copy_(source)]], rounds=20)
-    return 2 * source.numel() / seconds
+    return 2 * source.nbytes / seconds
 
 
 def l2_bytes(device: torch.device | str = "cuda") -> int:
+    """Bytes of a GPU's L2 cache; 0 on a CPU, where nothing is rotated."""
+    if torch.device(device).type != "cuda":
+        return 0
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 

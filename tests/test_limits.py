@@ -15,7 +15,7 @@ def us(seconds: float) -> float:
     return seconds * 1e6
 
 
-@pytest.mark.parametrize("shape, hbm_us, mufu_us", [
+@pytest.mark.parametrize(("shape", "hbm_us", "mufu_us"), [
     ((8, 5120, 2048, 16), 156, 381), ((8, 5120, 2048, 8), 156, 221), ((8, 5120, 2048, 4), 156, 140),
     ((1, 5120, 2048, 16), 20, 48), ((1, 8192, 65536, 16), 1000, 2439)])
 def test_selective_scan_has_the_known_limits(shape, hbm_us, mufu_us):
@@ -26,7 +26,7 @@ def test_selective_scan_has_the_known_limits(shape, hbm_us, mufu_us):
     assert us(work.floor(H200)) == pytest.approx(max(hbm_us, mufu_us), abs=0.6)
 
 
-@pytest.mark.parametrize("batch, length, heads, groups, hbm_ms, tensor_ms, mufu_ms", [
+@pytest.mark.parametrize(("batch", "length", "heads", "groups", "hbm_ms", "tensor_ms", "mufu_ms"), [
     (8, 2048, 80, 1, .081, .068, .020), (8, 2048, 128, 1, .129, .109, .032),
     (1, 131072, 128, 1, 1.03, .87, .26), (1, 4096, 128, 8, .036, .028, .008)])
 def test_ssd_has_the_known_limits(batch, length, heads, groups, hbm_ms, tensor_ms, mufu_ms):
@@ -36,7 +36,7 @@ def test_ssd_has_the_known_limits(batch, length, heads, groups, hbm_ms, tensor_m
     assert work.t_exp(H200) * 1e3 == pytest.approx(mufu_ms, rel=0.05)      # the known figure leaves softplus out
 
 
-@pytest.mark.parametrize("op, shape, floor_us", [
+@pytest.mark.parametrize(("op", "shape", "floor_us"), [
     ("conv1d", {"B": 8, "L": 2048, "channels": 5120}, 78),
     ("conv1d", {"B": 8, "L": 2048, "channels": 5376}, 82),
     ("gated_rmsnorm", {"rows": 16384, "width": 5120}, 117),

@@ -1,0 +1,80 @@
+"""Compile the peers' Triton kernels for the workloads ahead of time, in parallel.
+
+The peers autotune: at each new (headdim, d_state) they compile some forty variants one after the
+other, which takes longer than measuring everything. Here each such pair goes to a process of its
+own that compiles the variants into Triton's cache without timing them; the benchmark then tunes,
+as the peer means it to, from a warm cache.
+
+    python -m bench.warm_peers --jobs 14
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import multiprocessing
+import sys
+import time
+from typing import Any
+
+from bench.workloads import TABLES, Workload, workloads
+
+TUNED_OPS = ("ssd", "mamba2_inner")
+
+
+def first_of_each_key(rows: list[Workload]) -> list[Workload]:
+    """One workload for each key that the peer tunes for."""
+    keys: dict[Any, Workload] = {}
+    for row in rows:
+        keys.setdefault((row.shape["P"], row.shape["N"], row.dtype), row)
+    return list(keys.values())
+
+
+def compile_variants(workload: Workload, part: int, parts: int) -> str:
+    """Run a workload's peer once with a tuner that compiles every `parts`-th variant and times none."""
+    import torch
+    from triton.runtime.autotuner import Autotuner
+
+    from bench import cases
+
+    turn = itertools.count()
+
+    def once(call: Any, quantiles: Any = None, **_: Any) -> list[float]:
+        if next(turn) % parts != part:
+            return [float("inf")] * 3
+        call()
+        return [1.0] * 3
+
+    Autotuner.do_bench = property(lambda self: once)     # type: ignore[assignment, method-assign]
+    started = time.perf_counter()
+    peer = cases.OPS[workload.op].peer
+    assert peer is not None
+    with torch.no_grad():
+        peer(cases.make_inputs(workload))
+    torch.cuda.synchronize()
+    return f"{workload.name} {part + 1}/{parts}: {time.perf_counter() - started:.0f} s"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.warm_peers", description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=8, help="processes, each with a CUDA context (default 8)")
+    parser.add_argument("--tables", default="must", help=f"as for pytest bench/: {', '.join(TABLES)}, all")
+    options = parser.parse_args()
+    tables = TABLES if options.tables == "all" else options.tables.split(",")
+    chosen = first_of_each_key(workloads(*TUNED_OPS, tables=tables))
+    parts = max(1, options.jobs // max(1, len(chosen)))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        running = {pool.submit(compile_variants, workload, part, parts): workload
+                   for workload in chosen for part in range(parts)}
+        for done in concurrent.futures.as_completed(running):
+            try:
+                print(done.result(), flush=True)
+            except Exception as error:                   # the benchmark notes why, for its workload
+                print(f"{running[done].name}: {error}", file=sys.stderr, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
