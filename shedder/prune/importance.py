@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shedder.layout import RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
-from shedder.nn import LanguageModel
+from shedder.nn import LanguageModel, Mixer
 from shedder.nn.config import ModelConfig
 
 
@@ -33,8 +33,7 @@ def importance(model: LanguageModel, batches: Iterable[Tensor]) -> list[Importan
     sum over its channels. A state counts for E[B^2] E[C^2], in Mamba-1 times the energy that
     its decay lets it accumulate, sum over c of E[(dt x)^2] / (1 - exp(-2 E[dt] |A|)).
     """
-    mixers = {index: model.layers[index].mixer for index, layout in enumerate(model.config.layers)
-              if not isinstance(layout, RemovedBlock)}
+    mixers = {index: mixer for index, mixer in enumerate(model.mixers) if mixer is not None}
     moments = {index: _Moments(model.config.family) for index in mixers}
     before = {index: mixer.probe for index, mixer in mixers.items()}
     try:
@@ -87,7 +86,7 @@ class _Moments:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
-def _layer_importance(config: ModelConfig, index: int, mixer: nn.Module, sums: dict[str, Tensor]) -> Importance:
+def _layer_importance(config: ModelConfig, index: int, mixer: Mixer, sums: dict[str, Tensor]) -> Importance:
     layout = config.layers[index]
     assert not isinstance(layout, RemovedBlock)
     energy = sums["gated"]
@@ -102,7 +101,7 @@ def _layer_importance(config: ModelConfig, index: int, mixer: nn.Module, sums: d
         return Importance(units.cpu(), None)
     states = sums["B"] * sums["C"]                                            # (G, N)
     if isinstance(layout, ScanLayout):
-        decay = torch.exp(mixer.A_log.double())                               # type: ignore[operator]
+        decay = torch.exp(mixer.A_log.double())                               # type: ignore[arg-type]
         mean_dt = sums["dt"] / sums["count"]
         reach = sums["(dt x)^2"][:, None] / -torch.expm1(-2 * mean_dt[:, None] * decay)       # (D, N)
         groups = torch.tensor(layout.channel_to_group or (0,) * layout.d_inner, device=reach.device)

@@ -30,7 +30,7 @@ def masked(model: LanguageModel, plan: Plan) -> Iterator[LanguageModel]:
         PlanError: the plan does not fit the model.
     """
     plan.validate(model.config)
-    mixers = {index: model.layers[index].mixer for index in plan.layers}
+    mixers = {index: mixer for index, mixer in enumerate(model.mixers) if mixer is not None and index in plan.layers}
     before = {index: mixer.probe for index, mixer in mixers.items()}
     try:
         for index, mixer in mixers.items():

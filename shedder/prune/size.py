@@ -37,10 +37,10 @@ def parameter_count(config: ModelConfig, *, padding: bool = True) -> int:
 
 
 def state_bytes(config: ModelConfig, *, ssm_bytes: int = 4, conv_bytes: int = 4) -> int:
-    """Bytes of decode state per sequence: SSM states, and the last W inputs of each conv channel."""
+    """Bytes of decode state per sequence: SSM states, and the last W-1 inputs of each conv channel."""
     total = 0
     for layout in config.layers:
         if not isinstance(layout, RemovedBlock):
             total += layout.state_elements * ssm_bytes
-            total += layout.conv_channels * layout.conv_width * conv_bytes
+            total += layout.conv_channels * (layout.conv_width - 1) * conv_bytes
     return total

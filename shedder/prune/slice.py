@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from shedder.layout import LayerLayout, LayoutError, RemovedBlock, RemovedSSM, SSDLayout
+from shedder.layout import LayerLayout, LayoutError, RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
 from shedder.models import mamba1, mamba2
 from shedder.models.sections import Axis, Sections
 from shedder.nn import LanguageModel, build_block
@@ -128,8 +128,9 @@ def _has_heads(sections: Sections) -> bool:
 def _axis_sizes(sections: Sections, config: ModelConfig, layout: LayerLayout) -> dict[Axis, int]:
     """The length of each axis before the cut; what a removed SSM no longer has is 0."""
     assert not isinstance(layout, RemovedBlock)
-    heads = layout.d_inner if not hasattr(layout, "nheads") else layout.nheads
-    units = {"head": heads, "channel": layout.headdim} if _has_heads(sections) else {"channel": layout.d_inner}
+    units = {"channel": layout.d_inner}
+    if not isinstance(layout, ScanLayout) and _has_heads(sections):
+        units = {"head": layout.nheads, "channel": layout.headdim}
     return units | {"group": getattr(layout, "ngroups", 0), "state": getattr(layout, "dstate", 0),
                     "rank": getattr(layout, "dt_rank", 0), "padding": getattr(layout, "row_padding", 0),
                     "model": config.d_model, "one": 1, "tap": layout.conv_width}
