@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
@@ -46,4 +46,4 @@ def load_tokenizer(folder: str | Path | None, name: str | None) -> Tokenizer:
     except ImportError as error:
         raise ValueError(f"the tokenizer files in {folder} are read by transformers, which is not installed; "
                          "pip install transformers") from error
-    return AutoTokenizer.from_pretrained(str(folder))
+    return cast(Tokenizer, AutoTokenizer.from_pretrained(str(folder)))
