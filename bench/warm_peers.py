@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import gc
 import itertools
 import multiprocessing
 import sys
@@ -47,6 +48,9 @@ def compile_variants(workload: Workload, part: int, parts: int) -> str:
         return [1.0] * 3
 
     Autotuner.do_bench = property(lambda self: once)     # type: ignore[assignment, method-assign]
+    for tuner in gc.get_objects():
+        if isinstance(tuner, Autotuner):                # this process may have had another part of the same key
+            tuner.cache.clear()
     started = time.perf_counter()
     peer = cases.OPS[workload.op].peer
     assert peer is not None
@@ -65,7 +69,7 @@ def main() -> int:
     chosen = first_of_each_key(workloads(*TUNED_OPS, tables=tables))
     parts = max(1, options.jobs // max(1, len(chosen)))
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         running = {pool.submit(compile_variants, workload, part, parts): workload
                    for workload in chosen for part in range(parts)}
         for done in concurrent.futures.as_completed(running):
