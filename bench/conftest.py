@@ -13,6 +13,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="seconds a suite may take; workloads that come later are skipped")
     group.addoption("--row-s", type=float, default=0.3, help="seconds of replays per side and workload (default 0.3)")
     group.addoption("--rows", type=Path, default=None, help="write the run and each row here as JSON lines, at once")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # The table of pytest-benchmark would show how long a row took to make; our own lines show the figures.
+    config.option.benchmark_quiet = True
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -127,11 +134,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 def _emit(config: pytest.Config, line: str, record: dict[str, Any]) -> None:
     """Print a line whatever is captured, and append the record to --rows."""
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.ensure_newline()
-        reporter.write_line(line)
-        reporter.flush()
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture is not None else nullcontext():
+        print(f"\n{line}", end="", flush=True)
     path = config.getoption("rows")
     if path is not None:
         with open(path, "a") as file:
