@@ -250,7 +250,8 @@ def test_gradients_of_the_reference():
         rest = {k: v for k, v in inputs.items() if k not in floats}
         return list(floats), tuple(floats.values()), rest
 
-    for op, inputs in ((reference.ssd, ssd_inputs(1, 3, 2, 2, 2, 2)), (reference.selective_scan, scan_inputs(1, 2, 3, 2, 2))):
+    for op, inputs in ((reference.ssd, ssd_inputs(1, 3, 2, 2, 2, 2)),
+                       (reference.selective_scan, scan_inputs(1, 2, 3, 2, 2))):
         names, values, rest = leaves(inputs)
         assert torch.autograd.gradcheck(lambda *v, op=op, names=names, rest=rest: op(**dict(zip(names, v)), **rest),
                                         values)

@@ -19,7 +19,7 @@ def check_shape(name: str, tensor: Any, shape: tuple[int | None, ...], letters: 
     came = tensor.shape
     if len(came) != len(shape) or any(want is not None and have != want
                                       for have, want in zip(came, shape, strict=True)):
-        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        sizes = ", ".join("any" if size is None else str(size) for size in shape) + "," * (len(shape) == 1)
         raise ValueError(f"{name} has shape {tuple(came)}; accepted: {letters} = ({sizes})")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from shedder import reference
 from shedder.ops.backend import Facts
 from shedder.ops.checks import (
+    FLOATS,
     MAX_STATES,
     check_dtype,
     check_parameter,
@@ -93,6 +94,7 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         ValueError: naming the argument, what came, and what is accepted.
     """
     check_shape("u", u, (None, None, None), "(B, D, L)")
+    check_dtype("u", u, FLOATS)
     batch, channels, length = u.shape
     check_shape("delta", delta, (batch, channels, length), "(B, D, L)")
     check_shape("A", A, (channels, None), "(D, N)")
