@@ -58,14 +58,18 @@ def module_of(backend: str) -> ModuleType | str:
         return f"{_MODULES[backend]} cannot be imported: {error}"
 
 
+def unavailable(backend: str) -> str | None:
+    """Why `backend` cannot run anything here, or None."""
+    module = module_of(backend)
+    return module if isinstance(module, str) else module.available()
+
+
 def _refusal(backend: str, op: str, facts: dict[str, Any]) -> str | None:
     """Why `backend` cannot run this call, or None."""
-    module = module_of(backend)
-    if isinstance(module, str):
-        return module
-    reason = module.available()
+    reason = unavailable(backend)
     if reason is not None:
         return reason
+    module: Any = module_of(backend)
     if not hasattr(module, op):
         return f"the {backend} backend has no {op}"
     return module.supports(op, **facts)

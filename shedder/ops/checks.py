@@ -17,8 +17,9 @@ def check_shape(name: str, tensor: Any, shape: tuple[int | None, ...], letters: 
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}; accepted: a tensor of shape {letters}")
     came = tensor.shape
-    if len(came) != len(shape) or any(want is not None and have != want
-                                      for have, want in zip(came, shape, strict=True)):
+    if came == shape:
+        return
+    if len(came) != len(shape) or [0 for have, want in zip(came, shape, strict=True) if want not in (None, have)]:
         sizes = ", ".join("any" if size is None else str(size) for size in shape) + "," * (len(shape) == 1)
         raise ValueError(f"{name} has shape {tuple(came)}; accepted: {letters} = ({sizes})")
 
@@ -72,7 +73,7 @@ def integers(name: str, tensor: Tensor, shape: tuple[int | None, ...], letters: 
     """`tensor` as int32, after a check of its shape and that it holds integers."""
     check_shape(name, tensor, shape, letters)
     check_dtype(name, tensor, INTEGERS)
-    return tensor.to(torch.int32)
+    return tensor if tensor.dtype == torch.int32 else tensor.to(torch.int32)
 
 
 @overload

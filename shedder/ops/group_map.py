@@ -7,18 +7,18 @@ would make the host wait.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from shedder.ops.checks import integers
 
 GroupMap = Tensor | Sequence[int] | None
-_checked = WeakTensorKeyDictionary()              # tensor -> (number of groups, version at the check)
+_checked: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}     # id -> (tensor, groups, version at the check)
 
 
 def as_group_map(name: str, given: GroupMap, rows: int, groups: int, device: torch.device, unit: str) -> Tensor:
@@ -43,14 +43,15 @@ def check_group_map(name: str, group_map: Tensor | None, groups: int) -> None:
     """Raise if a map on the CPU names a group that does not exist. Each tensor is read once."""
     if group_map is None or group_map.device.type != "cpu" or group_map.numel() == 0:
         return
-    seen = (groups, None if group_map.is_inference() else group_map._version)
-    if _checked.get(group_map) == seen:
+    version = -1 if group_map.is_inference() else group_map._version     # inference tensors count no changes
+    key = id(group_map)
+    seen = _checked.get(key)
+    if seen is not None and version >= 0 and seen[0]() is group_map and seen[1:] == (groups, version):
         return
     low, high = (int(value) for value in group_map.aminmax())
     if low < 0 or high >= groups:
         raise ValueError(_out_of_range(name, low if low < 0 else high, groups))
-    if seen[1] is not None:
-        _checked[group_map] = seen
+    _checked[key] = weakref.ref(group_map, lambda _: _checked.pop(key, None)), groups, version
 
 
 def _out_of_range(name: str, value: int, groups: int) -> str:
