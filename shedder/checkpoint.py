@@ -227,7 +227,8 @@ def _file_tensors(path: Path, is_pickle: bool) -> Iterator[tuple[str, str, Tenso
     try:                                                # weights_only: tensors and plain containers, no code
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a file of tensors ({str(error).splitlines()[0]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not a file of tensors ({reason})") from error
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; accepted: a dict of tensors")
     for name, tensor in tensors.items():
@@ -238,7 +239,7 @@ def _file_tensors(path: Path, is_pickle: bool) -> Iterator[tuple[str, str, Tenso
 
 def _checksum(tensor: Tensor) -> str:
     flat = tensor.detach().contiguous().reshape(-1)
-    return f"{zlib.crc32(flat.view(torch.uint8).numpy()):08x}" if flat.numel() else "00000000"
+    return f"{zlib.crc32(flat.view(torch.uint8).numpy().data):08x}" if flat.numel() else "00000000"
 
 
 # ---- saving ----

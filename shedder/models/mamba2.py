@@ -60,10 +60,16 @@ def _layout(d_inner: int, headdim: int, dstate: int, ngroups: int, conv_width: i
 
 
 def _dt_limit(value: Any, key: str) -> tuple[float, float]:
-    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
-    if not is_pair or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+    def number(v: Any) -> float:
+        # Infinity is no JSON; transformers 5 writes it as an object.
+        infinite = {"__float__": "Infinity"}
+        if v != infinite and (not isinstance(v, (int, float)) or isinstance(v, bool)):
+            raise CheckpointError(f"config.json: {key} is {value!r}; accepted: two numbers, or {infinite} for no limit")
+        return math.inf if v == infinite else float(v)
+
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise CheckpointError(f"config.json: {key} is {value!r}; accepted: two numbers")
-    return float(value[0]), float(value[1])
+    return number(value[0]), number(value[1])
 
 
 def _read_state_spaces(config: Mapping[str, Any]) -> ModelConfig:

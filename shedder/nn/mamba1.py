@@ -18,6 +18,7 @@ from shedder.reference import discrete_dt
 class Mamba1Mixer(Mixer):
     """in_proj -> [x | z]; conv + SiLU over x; x_proj -> [rank | B | C]; dt_proj; selective scan; gate; out_proj."""
 
+    channel_to_group: Tensor | None
     value_constants = ("A_log",)
 
     def __init__(self, config: ModelConfig, layout: ScanLayout, device: torch.device | None = None,
@@ -51,8 +52,7 @@ class Mamba1Mixer(Mixer):
 
     def forward(self, hidden: Tensor, state: LayerState | None = None) -> Tensor:
         """hidden (B, L, d_model) -> (B, L, d_model), continuing from `state` and updating it."""
-        is_step = state is not None and hidden.shape[1] == 1
-        if is_step and self.probe is None:
+        if state is not None and hidden.shape[1] == 1 and self.probe is None:
             return self._step(hidden, state)
         layout, probe = self.layout, self.probe
         conv_weight, A = self.constants()
@@ -76,7 +76,7 @@ class Mamba1Mixer(Mixer):
         dt = probe("dt", discrete_dt(dt, self.dt_proj.bias[:, None], True, (0.0, float("inf")), wide))
         # dt is no longer of the activations' dtype, so all inputs go wide: the scan takes one dtype.
         x, B, C = x.to(wide), B.to(wide), C.to(wide)
-        if is_step:
+        if state is not None and state.ssm is not None and hidden.shape[1] == 1:
             shared = layout.ngroups == 1
             y = selective_state_update(state.ssm, x[..., 0], dt[..., 0], A, B[:, 0, :, 0] if shared else B[..., 0],
                                        C[:, 0, :, 0] if shared else C[..., 0], self.D,
@@ -89,7 +89,7 @@ class Mamba1Mixer(Mixer):
 
     def _scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, bias: Tensor | None,
               softplus: bool, state: LayerState | None) -> Tensor:
-        if state is None:
+        if state is None or state.ssm is None:
             return selective_scan_fn(x, dt, A, B, C, self.D, z=z, delta_bias=bias, delta_softplus=softplus,
                                      channel_to_group=self.channel_to_group)
         y, final = selective_scan_fn(x, dt, A, B, C, self.D, z=z, delta_bias=bias, delta_softplus=softplus,
@@ -99,14 +99,15 @@ class Mamba1Mixer(Mixer):
         return y
 
     def _step(self, hidden: Tensor, state: LayerState) -> Tensor:
-        layout = self.layout
+        layout, ssm = self.layout, state.ssm
+        assert ssm is not None
         conv_weight, A = self.constants()
         x, z = F.linear(hidden.squeeze(1), self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
         x = causal_conv1d_update(x, state.conv, conv_weight, self.conv1d.bias, activation="silu")
         rank, B, C = F.linear(x, self.x_proj.weight).split(self._x_split, dim=-1)
         if layout.ngroups > 1:
             B, C = B.unflatten(-1, (layout.ngroups, layout.dstate)), C.unflatten(-1, (layout.ngroups, layout.dstate))
-        y = selective_state_update(state.ssm, x, F.linear(rank, self.dt_proj.weight), A, B, C, self.D, z=z,
+        y = selective_state_update(ssm, x, F.linear(rank, self.dt_proj.weight), A, B, C, self.D, z=z,
                                    dt_bias=self.dt_proj.bias, dt_softplus=True,
                                    head_to_group=self.channel_to_group)
         return F.linear(y, self.out_proj.weight, self.out_proj.bias).unsqueeze(1)

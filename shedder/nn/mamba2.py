@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ CHUNK = 128                                             # a hint of the drop-in 
 class Mamba2Mixer(Mixer):
     """in_proj -> [z | x | B | C | dt | padding]; conv + SiLU over x, B, C; SSD; gated norm; out_proj."""
 
+    head_to_group: Tensor
     value_constants = ("A_log",)
     view_constants = ("D", "dt_bias")
 
@@ -66,8 +68,7 @@ class Mamba2Mixer(Mixer):
 
     def forward(self, hidden: Tensor, state: LayerState | None = None) -> Tensor:
         """hidden (B, L, d_model) -> (B, L, d_model), continuing from `state` and updating it."""
-        is_step = state is not None and hidden.shape[1] == 1
-        if is_step and self.probe is None:
+        if state is not None and hidden.shape[1] == 1 and self.probe is None:
             return self._step(hidden, state)
         layout, probe = self.layout, self.probe
         conv_weight, A, A_full, D, D_full, _ = self.constants()
@@ -77,25 +78,26 @@ class Mamba2Mixer(Mixer):
         x = x.unflatten(-1, (layout.nheads, layout.headdim))
         B = B.unflatten(-1, (layout.ngroups, layout.dstate))
         C = C.unflatten(-1, (layout.ngroups, layout.dstate))
-        softplus, bias_vector, dt_limit = True, self.dt_bias, self.dt_limit
+        softplus, dt_bias, dt_limit = True, cast(Tensor | None, self.dt_bias), self.dt_limit
         if probe is not None:
             x, B, C = probe("x", x), probe("B", B), probe("C", C)
             dt = probe("dt", discrete_dt(dt, self.dt_bias, True, self.dt_limit, self.dt_bias.dtype))
-            softplus, bias_vector, dt_limit = False, None, (0.0, math.inf)
+            softplus, dt_bias, dt_limit = False, None, (0.0, math.inf)
         gate_in_scan = z.unflatten(-1, x.shape[2:]) if self.norm is None and probe is None else None
 
-        if is_step:
-            y = selective_state_update(state.ssm, x[:, 0], dt[:, 0, :, None].expand(-1, -1, layout.headdim), A_full,
+        ssm = None if state is None else state.ssm
+        if ssm is not None and hidden.shape[1] == 1:
+            y = selective_state_update(ssm, x[:, 0], dt[:, 0, :, None].expand(-1, -1, layout.headdim), A_full,
                                        B[:, 0], C[:, 0], D_full, dt_softplus=False,
                                        head_to_group=self.head_to_group)[:, None]
         else:
             y = mamba_chunk_scan_combined(
-                x, dt, A, B, C, CHUNK, D=D, z=gate_in_scan, dt_bias=bias_vector, dt_softplus=softplus,
-                dt_limit=dt_limit, initial_states=None if state is None else past(state.ssm, A.dtype),
-                return_final_states=state is not None, head_to_group=self.head_to_group)
-            if state is not None:
+                x, dt, A, B, C, CHUNK, D=D, z=gate_in_scan, dt_bias=dt_bias, dt_softplus=softplus,
+                dt_limit=dt_limit, initial_states=None if ssm is None else past(ssm, A.dtype),
+                return_final_states=ssm is not None, head_to_group=self.head_to_group)
+            if ssm is not None:
                 y, final = y
-                overwrite(state.ssm, final)
+                overwrite(ssm, final)
 
         if probe is None:
             y = y.flatten(2)
@@ -108,7 +110,8 @@ class Mamba2Mixer(Mixer):
     def _step(self, hidden: Tensor, state: LayerState) -> Tensor:
         layout = self.layout
         conv_weight, _, A, _, D, dt_bias = self.constants()
-        batch = hidden.shape[0]
+        batch, ssm = hidden.shape[0], state.ssm
+        assert ssm is not None
         z, xBC, dt = F.linear(hidden.squeeze(1), self.in_proj.weight,
                               self.in_proj.bias).split(self._in_split, dim=-1)[:3]
         xBC = causal_conv1d_update(xBC, state.conv, conv_weight, self.conv1d.bias, activation="silu")
@@ -119,7 +122,7 @@ class Mamba2Mixer(Mixer):
             softplus, dt_bias = False, None
         heads = (batch, layout.nheads, layout.headdim)
         y = selective_state_update(
-            state.ssm, x.view(heads), dt[..., None].expand(heads), A, B.view(batch, layout.ngroups, layout.dstate),
+            ssm, x.view(heads), dt[..., None].expand(heads), A, B.view(batch, layout.ngroups, layout.dstate),
             C.view(batch, layout.ngroups, layout.dstate), D, z=z.view(heads) if self.norm is None else None,
             dt_bias=dt_bias, dt_softplus=softplus, head_to_group=self.head_to_group).view(batch, -1)
         if self.norm is not None:

@@ -28,6 +28,9 @@ class Mixer(WideParameters):
     in prefill and in single steps. A mixer whose SSM is removed passes x, y, gated and out.
     """
 
+    conv1d: nn.Conv1d
+    out_proj: nn.Linear
+    D: nn.Parameter
     wide = ("A_log", "D", "dt_bias", "dt_proj.bias")
     value_constants: tuple[str, ...] = ()               # parameters whose values _derive() transforms
     view_constants: tuple[str, ...] = ()                # parameters that _derive() only views
@@ -81,16 +84,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState |
     x = x.transpose(1, 2)
     if state is None:
         return causal_conv1d_fn(x, weight, bias, activation="silu").transpose(1, 2)
-    length, width = x.shape[2], weight.shape[1]
+    length, kept = x.shape[2], weight.shape[1] - 1
     if length == 1:
         return causal_conv1d_update(x, state.conv, weight, bias, activation="silu").transpose(1, 2)
-    history = past(state.conv[..., 1:], x.dtype) if width > 1 else None
+    history = past(state.conv, x.dtype) if kept else None
     y = causal_conv1d_fn(x, weight, bias, initial_states=history, activation="silu")
     with torch.no_grad():
-        if length < width:
+        if length < kept:
             state.conv.copy_(torch.cat([state.conv[..., length:], x.to(state.conv.dtype)], dim=-1))
         else:
-            state.conv.copy_(x[..., length - width:])
+            state.conv.copy_(x[..., length - kept:])
     return y.transpose(1, 2)
 
 

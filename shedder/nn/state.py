@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class LayerState:
-    """conv: the last W inputs of each conv channel, oldest first, (B, C, W).
+    """conv: the last W - 1 inputs of each conv channel, oldest first, (B, C, W - 1).
 
     ssm: (B, D, N) in Mamba-1, (B, H, P, N) in Mamba-2; None where the SSM is removed.
     """
@@ -56,7 +56,7 @@ class ModelState:
 
 def allocate_layer_state(batch: int, conv_channels: int, conv_width: int, ssm_shape: tuple[int, ...] | None,
                          device: torch.device, conv_dtype: torch.dtype, ssm_dtype: torch.dtype) -> LayerState:
-    # W inputs are kept although W - 1 would do: a row of four is one aligned load.
-    conv = torch.zeros(batch, conv_channels, conv_width, device=device, dtype=conv_dtype)
+    # Channels lie side by side, as in the activations that are written here.
+    conv = torch.zeros(batch, conv_width - 1, conv_channels, device=device, dtype=conv_dtype).transpose(1, 2)
     ssm = None if ssm_shape is None else torch.zeros(batch, *ssm_shape, device=device, dtype=ssm_dtype)
     return LayerState(conv, ssm)
