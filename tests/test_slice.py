@@ -325,6 +325,32 @@ def test_dtypes_ties_and_gradients_are_kept():
     assert all(parameter.grad is not None for parameter in small.parameters())
 
 
+def bf16_case(family: str) -> tuple[ModelConfig, Plan]:
+    if family == "mamba1":
+        return (ModelConfig(family, d_model=64, vocab_size=128, layers=(ScanLayout(128, 16, 4),) * 3),
+                Plan(family, {0: LayerPlan(channels=tuple(range(40)), states=((1, 2, 9),)), 1: LayerPlan(ssm=True)}))
+    layout = SSDLayout(headdim=8, dstate=16, ngroups=2, head_to_group=(0,) * 8 + (1,) * 8,
+                       norm_segments=(NormSegment(64, 1e-5), NormSegment(64, 1e-5)))
+    return (ModelConfig(family, d_model=64, vocab_size=128, layers=(layout,) * 3),
+            Plan(family, {0: LayerPlan(heads=(0, 3, 5, 9), states=((0, 1, 2), (3, 4, 5))),
+                          1: LayerPlan(ssm=True, heads=(1, 2, 3)), 2: LayerPlan(heads=(0, 1, 2, 3, 4))}))
+
+
+@pytest.mark.parametrize("family", ["mamba2", "mamba1"])
+@torch.no_grad()
+def test_in_bf16_compacting_costs_no_accuracy(family):
+    config, plan = bf16_case(family)
+    torch.manual_seed(1)
+    model = LanguageModel(config).to(torch.bfloat16).eval()
+    tokens = torch.randint(0, 128, (4, 64))
+    with masked(copy.deepcopy(model).double(), plan) as exact:
+        expected = exact(tokens)
+    with masked(model, plan):
+        masked_error = (model(tokens).double() - expected).square().mean().sqrt()
+    error = (compact(model, plan)(tokens).double() - expected).square().mean().sqrt()
+    assert error <= 1.1 * masked_error                 # contract 2
+
+
 def test_an_empty_plan_gives_a_copy():
     for name, model in MODELS.items():
         same = compact(model, Plan(model.config.family))

@@ -185,6 +185,7 @@ class _Greedy:
         self.loss = math.nan                           # of the model as pruned so far
         self.rises: dict[Key, float] = {}              # of log-perplexity, when each candidate was last scored
         self.layer_evaluations = 0                     # one block over all calibration tokens
+        self.on_score: Callable[[int, int], None] = lambda done, of: None
 
     def rank_units(self) -> None:
         if {"head", "channel", "state"} & set(self.settings["axes"]):
@@ -297,6 +298,7 @@ class _Greedy:
                     else:
                         losses[candidate.key] = self._loss(
                             self._forward(self._embedded(), [*self.blocks[:layer], *rest]))
+                    self.on_score(len(losses), len(candidates))
             if self.prefix_cache and layer < last:
                 streams = self._forward(streams, [self.blocks[layer]])
         return losses
@@ -361,26 +363,30 @@ def _run(greedy: _Greedy, journal: _Journal, progress: bool | Callable[[dict[str
     bar = tqdm(total=100, desc="search", unit="%", disable=progress is not True,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
     with bar:
+        if progress is True:
+            greedy.on_score = lambda done, of: _show(bar, greedy, journal.records[-1], f"scored {done} of {of}")
         if greedy.unmet():
             greedy.rank_units()
         while greedy.unmet():
             record = {"step": len(journal.records), **greedy.step()}
             record["layer_evaluations"] = greedy.layer_evaluations
             journal.add(record, greedy)
-            _show(bar, greedy, record)
             if callable(progress):
                 progress(record)
+        bar.n = 100
+        bar.set_postfix_str(f"{len(journal.records) - 1} steps; perplexity {math.exp(greedy.loss):.3f}")
     settings = greedy.settings
     return Plan(greedy.model.config.family, greedy.cuts, settings["norm_repair"], {
         "method": "greedy removal by calibration perplexity", "settings": settings,
         "layer_evaluations": greedy.layer_evaluations, "trajectory": journal.trajectory()})
 
 
-def _show(bar: tqdm[Any], greedy: _Greedy, record: dict[str, Any]) -> None:
+def _show(bar: tqdm[Any], greedy: _Greedy, record: dict[str, Any], doing: str) -> None:
+    """How far the last step brought the measure that is furthest from its budget."""
     done = min((1 - record[name] / greedy.dense[name]) / (1 - share) if share < 1 else 1.0
                for name, share in greedy.settings["budget"].items())
     bar.n = round(100 * min(max(done, 0.0), 1.0))
-    bar.set_postfix_str(f"{record['axis']} of layer {record['layer']}, perplexity {record['perplexity']:.3f}")
+    bar.set_postfix_str(f"step {record['step'] + 1}: {doing}; perplexity {record['perplexity']:.3f}")
 
 
 def _resume(greedy: _Greedy, journal: _Journal) -> None:
