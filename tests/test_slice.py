@@ -166,7 +166,7 @@ def check_random_plans(name: str) -> Counter[str]:
 @pytest.mark.parametrize("family", ["mamba2", "mamba1"])
 def test_compacted_equals_masked_for_any_plan(family):
     seen = sum((check_random_plans(name) for name in CONFIGS if CONFIGS[name].family == family), Counter[str]())
-    assert seen["plans"] >= 90                         # 200 over both families
+    assert seen["plans"] >= {"mamba2": 115, "mamba1": 85}[family]             # 200 over both families
     assert {cut: seen[cut] for cut in EVERY_CUT[family] if seen[cut] < 5} == {}
 
 
