@@ -12,6 +12,7 @@ from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_pa
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
 from shedder.ops import causal_conv1d_update, selective_scan_fn, selective_state_update
+from shedder.ops.cpu import linear
 from shedder.reference import discrete_dt
 
 
@@ -102,12 +103,12 @@ class Mamba1Mixer(Mixer):
         layout, ssm = self.layout, state.ssm
         assert ssm is not None
         conv_weight, A = self.constants()
-        x, z = F.linear(hidden.squeeze(1), self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
+        x, z = linear(hidden.squeeze(1), self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
         x = causal_conv1d_update(x, state.conv, conv_weight, self.conv1d.bias, activation="silu")
-        rank, B, C = F.linear(x, self.x_proj.weight).split(self._x_split, dim=-1)
+        rank, B, C = linear(x, self.x_proj.weight).split(self._x_split, dim=-1)
         if layout.ngroups > 1:
             B, C = B.unflatten(-1, (layout.ngroups, layout.dstate)), C.unflatten(-1, (layout.ngroups, layout.dstate))
-        y = selective_state_update(ssm, x, F.linear(rank, self.dt_proj.weight), A, B, C, self.D, z=z,
+        y = selective_state_update(ssm, x, linear(rank, self.dt_proj.weight), A, B, C, self.D, z=z,
                                    dt_bias=self.dt_proj.bias, dt_softplus=True,
                                    head_to_group=self.channel_to_group)
-        return F.linear(y, self.out_proj.weight, self.out_proj.bias).unsqueeze(1)
+        return linear(y, self.out_proj.weight, self.out_proj.bias).unsqueeze(1)

@@ -16,6 +16,7 @@ from shedder.nn.norm import GatedRMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
 from shedder.ops import causal_conv1d_update, mamba_chunk_scan_combined, selective_state_update
+from shedder.ops.cpu import linear
 from shedder.reference import discrete_dt
 
 CHUNK = 128                                             # a hint of the drop-in signature; backends choose their own
@@ -112,7 +113,7 @@ class Mamba2Mixer(Mixer):
         conv_weight, _, A, _, D, dt_bias = self.constants()
         batch, ssm = hidden.shape[0], state.ssm
         assert ssm is not None
-        z, xBC, dt = F.linear(hidden.squeeze(1), self.in_proj.weight,
+        z, xBC, dt = linear(hidden.squeeze(1), self.in_proj.weight,
                               self.in_proj.bias).split(self._in_split, dim=-1)[:3]
         xBC = causal_conv1d_update(xBC, state.conv, conv_weight, self.conv1d.bias, activation="silu")
         x, B, C = xBC.split(self._conv_split, dim=-1)
@@ -127,7 +128,7 @@ class Mamba2Mixer(Mixer):
             dt_bias=dt_bias, dt_softplus=softplus, head_to_group=self.head_to_group).view(batch, -1)
         if self.norm is not None:
             y = self.norm(y, z)
-        return F.linear(y, self.out_proj.weight, self.out_proj.bias).unsqueeze(1)
+        return linear(y, self.out_proj.weight, self.out_proj.bias).unsqueeze(1)
 
 
 def gate_and_norm_probed(y: Tensor, z: Tensor, norm: GatedRMSNorm | None, probe) -> Tensor:

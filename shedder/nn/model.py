@@ -16,6 +16,7 @@ from shedder.nn.mixer import Mixer
 from shedder.nn.norm import RMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import ModelState
+from shedder.ops.cpu import linear
 from shedder.text import Tokenizer, load_tokenizer
 
 
@@ -103,7 +104,7 @@ class LanguageModel(nn.Module):
     def head(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
         """Logits from what the last block returned."""
         residual = add_residual(hidden, residual, self.config.residual_in_fp32)
-        return F.linear(self.backbone.norm_f(residual), self.lm_head.weight)
+        return linear(self.backbone.norm_f(residual), self.lm_head.weight)
 
     def forward(self, input_ids: Tensor, state: ModelState | None = None, last_only: bool = False) -> Tensor:
         """Logits (B, L, V), or (B, 1, V) of the last token with last_only.

@@ -13,6 +13,7 @@ from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_pa
 from shedder.nn.norm import GatedRMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
+from shedder.ops.cpu import linear
 
 
 class RemovedSSMMixer(Mixer):
@@ -47,14 +48,14 @@ class RemovedSSMMixer(Mixer):
     def forward(self, hidden: Tensor, state: LayerState | None = None) -> Tensor:
         """hidden (B, L, d_model) -> (B, L, d_model), continuing from `state` and updating it."""
         conv_weight, D = self.constants()
-        first, second = F.linear(hidden, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
+        first, second = linear(hidden, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
         x, z = (first, second) if self.is_mamba1 else (second, first)
         x = convolve(x, conv_weight, self.conv1d.bias, state)                     # (B, L, d_inner)
         if self.probe is not None:
             return self._finish_probed(x, z, D)
         y = (x * D).to(x.dtype)
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
-        return F.linear(y, self.out_proj.weight, self.out_proj.bias)
+        return linear(y, self.out_proj.weight, self.out_proj.bias)
 
     def _finish_probed(self, x: Tensor, z: Tensor, D: Tensor) -> Tensor:
         probe = self.probe
@@ -68,7 +69,7 @@ class RemovedSSMMixer(Mixer):
         x = seen("x", x)
         y = seen("y", (x * D).to(x.dtype))
         y = gate_and_norm_probed(y, z, self.norm, probe)
-        return probe("out", F.linear(y, self.out_proj.weight, self.out_proj.bias))
+        return probe("out", linear(y, self.out_proj.weight, self.out_proj.bias))
 
 
 class PassThrough(nn.Module):
