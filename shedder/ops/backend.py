@@ -50,18 +50,14 @@ class Explanation:
 
 
 @cache
-def module_of(backend: str) -> ModuleType | str:
-    """The backend's module, or why it cannot be imported."""
-    try:
-        return importlib.import_module(_MODULES[backend])
-    except ImportError as error:
-        return f"{_MODULES[backend]} cannot be imported: {error}"
+def module_of(backend: str) -> ModuleType:
+    """The backend's module, imported when it is first asked for."""
+    return importlib.import_module(_MODULES[backend])
 
 
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run anything here, or None."""
-    module = module_of(backend)
-    return module if isinstance(module, str) else module.available()
+    return module_of(backend).available()
 
 
 def _refusal(backend: str, op: str, facts: dict[str, Any]) -> str | None:
@@ -69,7 +65,7 @@ def _refusal(backend: str, op: str, facts: dict[str, Any]) -> str | None:
     reason = unavailable(backend)
     if reason is not None:
         return reason
-    module: Any = module_of(backend)
+    module = module_of(backend)
     if not hasattr(module, op):
         return f"the {backend} backend has no {op}"
     return module.supports(op, **facts)
@@ -106,9 +102,3 @@ def decide(op: str, backend: str, facts: Facts) -> Explanation:
 def choose(op: str, backend: str, facts: Facts) -> Callable[..., Any]:
     """The function that runs this call."""
     return getattr(module_of(decide(op, backend, facts).backend), op)
-
-
-def clear_decisions() -> None:
-    """Forget past decisions, as after a backend has become available."""
-    for cached in (module_of, decide, choose):
-        cached.cache_clear()
