@@ -40,6 +40,6 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str | None = None
         op = getattr(ops, op)
     assert callable(op)
     with FakeTensorMode() as mode, torch.no_grad(), Recording() as decisions:
-        fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+        fake_args, fake_kwargs = tree_map_only(Tensor, lambda t: mode.from_tensor(t.detach()), (args, kwargs))
         op(*fake_args, backend=backend, **fake_kwargs)
     return decisions
