@@ -33,6 +33,8 @@ class DecodeGraph:
             torch.cuda.current_stream(model.device).wait_stream(side)
             with torch.cuda.graph(self._graph):
                 self._logits = model(self._ids, self.state)
+            # The graph reads these by address; the mixers drop them when a parameter changes.
+            self._constants = [mixer.constants() for mixer in model.mixers if mixer is not None]
         self.state.zero_()
 
     def step(self, ids: Tensor) -> Tensor:
