@@ -1,0 +1,131 @@
+"""The CPU backend: C++ kernels (csrc/cpu) of every op, forward and step, for fp32, bf16 and fp16; sums are in fp32.
+
+Float64 and complex A go to the reference. Outputs keep the memory order of their input; channel-last views
+(channel stride 1) are the fast way through convolution and scan, and no input is ever copied to be made contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shedder import native
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_STATES = 256
+_MAX_WIDTH = 4
+_MAX_LINEAR_ROWS = 4          # from here on the matrix products of torch win
+
+
+def available() -> str | None:
+    """Why the kernels cannot run, or None."""
+    status = native.cpu_status()
+    return None if status == "loaded" else status
+
+
+def supports(op: str, **facts: Any) -> str | None:
+    """Why this call is not for these kernels, or None; the facts are listed in shedder.ops.backend."""
+    if facts.get("device", "cpu") != "cpu":
+        return f"tensors are on {facts['device']}"
+    for name in ("dtype", "dt_dtype", "state_dtype", "weight_dtype"):
+        if facts.get(name) is not None and facts[name] not in _DTYPES:
+            return f"{name} is {facts[name]}; accepted: float32, bfloat16, float16"
+    if facts.get("complex"):
+        return "A is complex"
+    if facts.get("dstate", 1) > _MAX_STATES:
+        return f"dstate is {facts['dstate']}; accepted: up to {_MAX_STATES}"
+    if op.startswith("causal_conv1d") and facts.get("width", 1) > _MAX_WIDTH:
+        return f"width is {facts['width']}; accepted: up to {_MAX_WIDTH}"
+    return None
+
+
+def kernel(op: str, **facts: Any) -> str:
+    return f"csrc/cpu {op} ({native.cpu_isa()})"
+
+
+def _real(t: Tensor | None) -> Tensor | None:
+    """A parameter in a dtype that the kernels read."""
+    return t if t is None or t.dtype in _DTYPES else t.float()
+
+
+def _numbers(t: Tensor | None) -> Tensor | None:
+    """Indices as contiguous int32."""
+    return None if t is None else t.to(torch.int32).contiguous()
+
+
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+                   delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
+                   channel_to_group: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(u)
+    final_state = torch.empty(u.shape[0], *A.shape, dtype=torch.float32)
+    torch.ops.shedder_cpu.selective_scan(u, delta, _real(A), B, C, _real(D), z, _real(delta_bias), delta_softplus,
+                                         _real(initial_state), _numbers(channel_to_group), _numbers(seq_idx), y,
+                                         final_state)
+    return y, final_state
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
+        initial_states: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, _, heads, headdim = x.shape
+    if D is not None and D.dim() == 1:
+        D = D[:, None].expand(heads, headdim)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    final_states = torch.empty(batch, heads, headdim, B.shape[-1], dtype=torch.float32)
+    torch.ops.shedder_cpu.ssd(x, dt, _real(A), B, C, _real(D), z, _real(dt_bias), dt_softplus, dt_min, dt_max,
+                              _numbers(head_to_group), _real(initial_states), _numbers(seq_idx), y, final_states)
+    return y, final_states
+
+
+def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+                 z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, head_to_group: Tensor | None,
+                 state_batch_indices: Tensor | None) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    torch.ops.shedder_cpu.state_update(state, x, dt, _real(A), B, C, _real(D), z, _real(dt_bias), dt_softplus,
+                                       _numbers(head_to_group), _numbers(state_batch_indices), y)
+    return y
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
+                  seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    final_states = torch.empty(*x.shape[:2], weight.shape[1] - 1, dtype=x.dtype)
+    torch.ops.shedder_cpu.causal_conv1d(x, weight, bias, silu, initial_states, _numbers(seq_idx), y, final_states)
+    return y, final_states
+
+
+def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,
+                         cache_seqlens: Tensor | None, conv_state_indices: Tensor | None) -> Tensor:
+    y = torch.empty_like(x)
+    torch.ops.shedder_cpu.causal_conv1d_update(x, conv_state, weight, bias, silu, _numbers(cache_seqlens),
+                                               _numbers(conv_state_indices), y)
+    return y
+
+
+def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, segments: list[int],
+                  eps: list[float], norm_before_gate: bool) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    width = x.shape[-1]
+    torch.ops.shedder_cpu.gated_rmsnorm(x.reshape(-1, width), weight, bias, None if z is None else z.reshape(-1, width),
+                                        segments, eps, norm_before_gate, y.view(-1, width))
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for inference: the few rows of a decode step go to a C++ product that reads the weight at memory speed.
+
+    Everything else (more rows, gradients, other dtypes and devices, no library) is F.linear.
+    """
+    width = x.shape[-1]
+    rows = x.numel() // width if width else 0
+    if (0 < rows <= _MAX_LINEAR_ROWS and x.dtype is weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
+            and x.device.type == "cpu" and x.stride(-1) == 1 and weight.stride(-1) == 1
+            and available() is None and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))):
+        y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
+        torch.ops.shedder_cpu.linear(x.reshape(rows, width), weight, bias, y.view(rows, -1))
+        return y
+    return F.linear(x, weight, bias)
