@@ -39,7 +39,8 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str | None = None
                              f"{list(OPS)} with facts as keywords")
         op = getattr(ops, op)
     assert callable(op)
-    with FakeTensorMode() as mode, torch.no_grad(), Recording() as decisions:
-        fake_args, fake_kwargs = tree_map_only(Tensor, lambda t: mode.from_tensor(t.detach()), (args, kwargs))
+    mode = FakeTensorMode()
+    fake_args, fake_kwargs = tree_map_only(Tensor, lambda t: mode.from_tensor(t.detach()), (args, kwargs))
+    with mode, torch.no_grad(), Recording() as decisions:
         op(*fake_args, backend=backend, **fake_kwargs)
     return decisions
