@@ -1,10 +1,9 @@
-"""The Triton kernels in Triton's interpreter, on the CPU; started by test_triton_interpreter.py in a process of its own."""
+"""The Triton kernels in Triton's interpreter, on the CPU; started by test_triton_interpreter.py."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-
 import triton_cases as cases
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -28,7 +27,8 @@ def test_the_interpreter_multiplies_matrices():
 @pytest.mark.parametrize(("dtype", "case"), [
     (F32, {"length": 70, "groups": [2, 0, 1], "headdim": 13, "dstate": 5, "extras": True}),
     (F32, {"length": 33, "groups": [1], "headdim": 60, "dstate": 101, "extras": False}),
-    (F32, {"length": 100, "groups": [2], "headdim": 48, "dstate": 12, "extras": True, "packed": True, "channel_D": True}),
+    (F32, {"length": 100, "groups": [2], "headdim": 48, "dstate": 12, "extras": True, "packed": True,
+           "channel_D": True}),
     (F32, {"length": 1, "groups": [1, 1], "headdim": 1, "dstate": 1, "extras": True, "packed": True}),
     (F16, {"length": 130, "groups": [0, 1], "headdim": 61, "dstate": 100, "extras": True, "packed": True}),
     (F16, {"length": 65, "groups": [3], "headdim": 17, "dstate": 96, "extras": False}),     # bf16: no tl.dot here

@@ -56,7 +56,8 @@ def _causal_conv1d_kernel(x_ptr, weight_ptr, bias_ptr, initial_ptr, seq_idx_ptr,
         y = silu(y)
     if seq_idx_ptr is not None:
         y = tl.where(name >= 0, y, 0.0)
-    tl.store(y_ptr + batch * y_strides[0] + c * y_strides[1] + t * y_strides[2], y.to(y_ptr.dtype.element_ty), mask=live)
+    y_ptr += batch * y_strides[0]
+    tl.store(y_ptr + c * y_strides[1] + t * y_strides[2], y.to(y_ptr.dtype.element_ty), mask=live)
 
     if time_tile == time_tiles - 1:
         for k in tl.static_range(history):
@@ -89,8 +90,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, in
 
 
 @triton.jit(do_not_specialize=["channels", "tokens"])
-def _causal_conv1d_update_kernel(x_ptr, state_ptr, weight_ptr, bias_ptr, seen_ptr, slot_ptr, y_ptr, channels, tokens, kept,
-                                 x_strides, state_strides, weight_strides, y_strides, bias_stride, seen_stride, slot_stride,
+def _causal_conv1d_update_kernel(x_ptr, state_ptr, weight_ptr, bias_ptr, seen_ptr, slot_ptr, y_ptr,
+                                 channels, tokens, kept, x_strides, state_strides, weight_strides, y_strides,
+                                 bias_stride, seen_stride, slot_stride,
                                  SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     tiles = tl.cdiv(channels, BLOCK_C)
     pid = tl.program_id(0)
@@ -109,7 +111,7 @@ def _causal_conv1d_update_kernel(x_ptr, state_ptr, weight_ptr, bias_ptr, seen_pt
                          tl.zeros((BLOCK_C,), y_ptr.dtype.element_ty), mask=in_c)
             return
     state_ptr += slot * state_strides[0]
-    end = tl.zeros((), tl.int64) + kept                   # token t sits at (end + t) mod kept, at kept + t without a ring
+    end = tl.zeros((), tl.int64) + kept                   # token t sits at (end + t) mod kept (no ring: t < 0 only)
     if seen_ptr is not None:
         end = tl.load(seen_ptr + batch * seen_stride).to(tl.int64) % kept + kept
 
@@ -121,8 +123,9 @@ def _causal_conv1d_update_kernel(x_ptr, state_ptr, weight_ptr, bias_ptr, seen_pt
         for w in tl.static_range(WIDTH):
             source = t - (WIDTH - 1) + w
             new = tl.load(x_ptr + c * x_strides[1] + source * x_strides[2], mask=in_c & (source >= 0), other=0.0)
-            place = (end + source) % kept                 # without a ring end = kept: the last W-1 places
-            old = tl.load(state_ptr + c * state_strides[1] + place * state_strides[2], mask=in_c & (source < 0), other=0.0)
+            place = (end + source) % kept
+            old = tl.load(state_ptr + c * state_strides[1] + place * state_strides[2],
+                          mask=in_c & (source < 0), other=0.0)
             weight = tl.load(weight_ptr + c * weight_strides[0] + w * weight_strides[1], mask=in_c, other=0.0)
             y += weight.to(tl.float32) * (new.to(tl.float32) + old.to(tl.float32))
         if SILU:

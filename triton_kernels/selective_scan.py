@@ -22,8 +22,8 @@ from .pointwise import discrete_dt, silu
 @triton.jit(do_not_specialize=["length", "channels"])
 def _selective_scan_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, runs_ptr,
                            group_ptr, y_ptr, final_ptr, length, channels, dstate,
-                           u_strides, delta_strides, A_strides, B_strides, C_strides, z_strides, initial_strides, y_strides,
-                           D_stride, bias_stride, group_stride,
+                           u_strides, delta_strides, A_strides, B_strides, C_strides, z_strides,
+                           initial_strides, y_strides, D_stride, bias_stride, group_stride,
                            SOFTPLUS: tl.constexpr, B_ROWS: tl.constexpr, C_ROWS: tl.constexpr,
                            BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr):
     tiles = tl.cdiv(channels, BLOCK_C)
@@ -109,13 +109,13 @@ def _selective_scan_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, 
     tl.store(final_ptr + c[:, None] * dstate + n[None, :], state, mask=in_state)
 
 
-def _blocks(dstate: int) -> dict[str, int]:
-    """One warp with 512 to 1024 state numbers: 16 to 32 registers of state in each thread."""
+def _blocks(dstate: int, shared: bool) -> dict[str, int]:
+    """One warp with at most 512 state numbers, 16 in each thread; rows for each channel take more registers."""
     block_n = max(4, triton.next_power_of_2(dstate))
-    return {"BLOCK_C": max(4, min(32, 512 // block_n)), "BLOCK_N": block_n, "STEPS": 8, "num_warps": 1}
+    return {"BLOCK_C": max(2, min(32, 512 // block_n)), "BLOCK_N": block_n, "STEPS": 8 if shared else 4, "num_warps": 1}
 
 
-def _rows(M: Tensor) -> tuple[str, tuple[int, int, int, int]]:
+def _rows(M: Tensor) -> tuple[str, tuple[int, ...]]:
     """How B or C is indexed, and its strides over (batch, row, n, t)."""
     if M.dim() == 2:                                      # (D, N), the same at every token
         return "channel", (0, M.stride(0), M.stride(1), 0)
@@ -134,7 +134,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     (B_rows, B_strides), (C_rows, C_strides) = _rows(B), _rows(C)
     if "group" not in (B_rows, C_rows):
         channel_to_group = None
-    blocks = _blocks(dstate)
+    blocks = _blocks(dstate, shared=B_rows == C_rows == "shared")
     _selective_scan_kernel[(batch * triton.cdiv(channels, blocks["BLOCK_C"]),)](
         u, delta, A, B, C, D, z, delta_bias, initial_state, runs, channel_to_group, y, final_state,
         length, channels, dstate,

@@ -39,7 +39,8 @@ def _state_update_kernel(state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z
             tl.store(y_ptr, tl.zeros((BLOCK_P,), y_ptr.dtype.element_ty), mask=in_p)
             return
 
-    x = tl.load(x_ptr + batch * x_strides[0] + head * x_strides[1] + p * x_strides[2], mask=in_p, other=0.0).to(tl.float32)
+    x_ptr += batch * x_strides[0] + head * x_strides[1]
+    x = tl.load(x_ptr + p * x_strides[2], mask=in_p, other=0.0).to(tl.float32)
     state_ptrs = (state_ptr + slot * state_strides[0] + head * state_strides[1]
                   + p[:, None] * state_strides[2] + n[None, :] * state_strides[3])
     state = tl.load(state_ptrs, mask=in_state, other=0.0).to(tl.float32)
