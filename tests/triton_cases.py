@@ -17,10 +17,10 @@ from torch import Tensor
 from shedder import reference
 from shedder.ops import triton as backend
 
-# RMS error over RMS of the reference, and largest error over the same. fp32: exp is good to 2e-7 and a
-# state remembers hundreds of them; TF32 in three products keeps 22 bits. bf16 and fp16: the output is
-# rounded to 8 and 11 bits, as are the operands of products.
-TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1.5e-3, 2e-2), torch.bfloat16: (1e-2, 1e-1)}
+# RMS error over RMS of the reference, and the largest error over that RMS plus the value itself. fp32: exp
+# is good to 2e-7 and a state remembers hundreds of them; TF32 in three products keeps 22 bits. bf16 and
+# fp16: the output is rounded to 8 and 11 bits, as are the operands of products.
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1.5e-3, 1e-2), torch.bfloat16: (1e-2, 5e-2)}
 
 
 def assert_close(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -29,7 +29,7 @@ def assert_close(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -
         return
     scale = expected.double().square().mean().sqrt().item() or 1.0
     error = got.double() - expected.double()
-    rms, largest = error.square().mean().sqrt().item() / scale, error.abs().max().item() / scale
+    rms, largest = error.square().mean().sqrt().item() / scale, (error.abs() / (scale + expected.abs())).max().item()
     rms_limit, largest_limit = TOLERANCE[dtype]
     assert rms <= rms_limit and largest <= largest_limit, f"{name}: rms error {rms:.2e}, largest {largest:.2e}"
 
