@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 import triton_cases as cases
 
+from shedder.ops import triton as backend
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -13,15 +15,28 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 def _product(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     at = i[:, None] * SIZE + i[None, :]
-    tl.store(c_ptr + at, tl.dot(tl.load(a_ptr + at), tl.trans(tl.load(b_ptr + at)), input_precision="tf32x3"))
+    c = tl.dot(tl.load(a_ptr + at), tl.trans(tl.load(b_ptr + at)), tl.load(c_ptr + at), input_precision="tf32x3")
+    tl.store(c_ptr + at, c)
 
 
-def test_the_interpreter_multiplies_matrices():
-    """Under numpy 2.3 and later the interpreter's tl.dot is silently wrong; then nothing below means anything."""
-    a, b = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).unbind()
-    c = torch.full((32, 32), torch.nan)
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_the_interpreter_multiplies_matrices(dtype):
+    """Its tl.dot was seen to be silently wrong with some versions of numpy; then nothing below means anything."""
+    a, b, c = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0)).unbind()
+    a, b = a.to(dtype), b.to(dtype)
+    expected = c + a.float() @ b.float().T
     _product[(1,)](a, b, c, SIZE=32)
-    torch.testing.assert_close(c, a @ b.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(c, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_products_are_refused_here():
+    """The interpreter multiplies the bits of bf16 numbers as if they were integers."""
+    a = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    c = torch.zeros(32, 32)
+    _product[(1,)](a.bfloat16(), a.bfloat16(), c, SIZE=32)
+    assert (c - a @ a.T).abs().max() > 1e3, "Triton has mended it: let supports() allow it and test ssd in bf16 here"
+    assert "bfloat16" in backend.supports("ssd", device="cpu", dtype=BF16)
+    assert backend.supports("ssd", device="cpu", dtype=F32) is None
 
 
 @pytest.mark.parametrize(("dtype", "case"), [
