@@ -66,7 +66,8 @@ def strided(t: Tensor) -> Tensor:
     return view.copy_(t)
 
 
-MEMORY: dict[str, Callable[[Tensor], Tensor]] = {"channel_first": torch.Tensor.contiguous, "channel_last": channel_last, "strided": strided}
+MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "channel_first": torch.Tensor.contiguous, "channel_last": channel_last, "strided": strided}
 
 
 def packed(batch: int, length: int) -> Tensor:
@@ -246,7 +247,7 @@ def step_inputs(batch: int, heads: int, headdim: int, groups: int, states: int, 
 def check_step(state: Tensor, inputs: dict[str, Any], group_map: Tensor | None, softplus: bool = True) -> None:
     args = [inputs[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     want_y, want_state = reference.state_update(*doubled(state, *args), softplus, head_to_group=group_map)
-    y = cpu.state_update(state, *args, softplus, group_map, None)              
+    y = cpu.state_update(state, *args, softplus, group_map, None)
     assert y.dtype == inputs["x"].dtype
     assert_close(y, want_y)
     assert_close(state, want_state)
@@ -385,6 +386,16 @@ def test_linear(rows: int, inputs: int, outputs: int, biased: bool, dtype: torch
     assert_close(y, F.linear(*doubled(x, weight, bias)))
     pitched = torch.cat([weight, weight], dim=1)[:, :inputs]
     assert_close(cpu.linear(x, pitched, bias), F.linear(*doubled(x, weight, bias)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_linear_of_many_rows(batch: int, dtype: torch.dtype) -> None:
+    """Rows of a wider tensor, as the parts of a projection are."""
+    wide, weight, bias = rand(batch, 70, 100, dtype=dtype), rand(33, 48, dtype=dtype), rand(33, dtype=dtype)
+    for x in (wide[..., 50:98], wide.transpose(1, 2)[:, :48].transpose(1, 2)):
+        assert_close(cpu.linear(x, weight, bias), F.linear(*doubled(x, weight, bias)))
+        assert_close(cpu.linear(x, weight), F.linear(*doubled(x, weight)))
 
 
 def test_linear_keeps_gradients() -> None:

@@ -24,14 +24,23 @@ void read_taps(const Array &weight, const Array &bias, int64_t width, int64_t fi
     if (bias) read_row(bias, first * bias.stride[0], bias.stride[0], count, taps.bias);
 }
 
-// One token of kConvTile channels from the last `width` inputs, oldest first. used[w] false: that tap reads zero.
-void one_token(const Taps &taps, const float *const *inputs, const bool *used, int64_t width, bool act, float *y) {
+// One token of kConvTile channels from the last kWidth inputs, oldest first. used[w] false: that tap reads zero.
+template <int kWidth>
+void one_token(const Taps &taps, const float *const *inputs, const bool *used, bool act, float *y) {
     for (int64_t c = 0; c < kConvTile; c += kLanes) {
         Vec v = load(taps.bias + c);
-        for (int64_t w = 0; w < width; ++w)
+#pragma GCC unroll 4
+        for (int w = 0; w < kWidth; ++w)
             if (!used || used[w]) v += load(taps.weight[w] + c) * load(inputs[w] + c);
         store(y + c, act ? silu(v) : v);
     }
+}
+
+using OneToken = void (*)(const Taps &, const float *const *, const bool *, bool, float *);
+
+OneToken one_token_of(int64_t width) {
+    constexpr OneToken table[kMaxWidth] = {one_token<1>, one_token<2>, one_token<3>, one_token<4>};
+    return table[width - 1];
 }
 
 void lanes_along_channels(const Conv1d &p, int64_t batch, int64_t first, int64_t count) {
@@ -39,6 +48,7 @@ void lanes_along_channels(const Conv1d &p, int64_t batch, int64_t first, int64_t
     float window[(kTime + kMaxHistory) * kConvTile], y[kTime * kConvTile];
     int64_t at[kConvTile], y_at[kConvTile];
     const int64_t history = p.width - 1;
+    const OneToken one_token = one_token_of(p.width);
     read_taps(p.weight, p.bias, p.width, first, count, taps);
     std::memset(window, 0, sizeof window);
     if (p.initial_states)
@@ -64,7 +74,7 @@ void lanes_along_channels(const Conv1d &p, int64_t batch, int64_t first, int64_t
             if (names && names[token + t] < 0)
                 std::memset(y + t * kConvTile, 0, sizeof(float) * kConvTile);
             else
-                one_token(taps, inputs, names ? used : nullptr, p.width, p.silu, y + t * kConvTile);
+                one_token(taps, inputs, names ? used : nullptr, p.silu, y + t * kConvTile);
         }
         write_tile<kConvTile>(p.y, batch * p.y.stride[0] + token * p.y.stride[2], y_at, count, p.y.stride[2], length, y);
         std::memmove(window, window + length * kConvTile, sizeof(float) * history * kConvTile);
@@ -117,6 +127,7 @@ void step_tile(const Conv1dUpdate &p, int64_t batch, int64_t first, int64_t coun
     Taps taps;
     float ring[kMaxWidth][kConvTile] = {}, y[kConvTile] = {};
     const int64_t history = p.width - 1;
+    const OneToken one_token = one_token_of(p.width);
     const Array &state = p.conv_state;
     auto write_y = [&](int64_t t) {
         write_row(p.y, batch * p.y.stride[0] + first * p.y.stride[1] + t * p.y.stride[2], p.y.stride[1], count, y);
@@ -145,7 +156,7 @@ void step_tile(const Conv1dUpdate &p, int64_t batch, int64_t first, int64_t coun
         read_row(p.x, batch * p.x.stride[0] + first * p.x.stride[1] + t * p.x.stride[2], p.x.stride[1], count, newest);
         const float *inputs[kMaxWidth];
         for (int64_t w = 0; w < p.width; ++w) inputs[w] = ring[(t + w) % p.width];
-        one_token(taps, inputs, nullptr, p.width, p.silu, y);
+        one_token(taps, inputs, nullptr, p.silu, y);
         write_y(t);
         const int64_t at = p.cache_seqlens ? (seen + t) % p.kept : p.kept - p.length + t;
         if (at >= 0) write_row(state, base + at * state.stride[2], state.stride[1], count, newest);

@@ -23,6 +23,7 @@ constexpr int kTile = 32;         // channels that a scan walks together
 constexpr int kConvTile = 64;     // channels that a convolution walks together
 constexpr int kMaxStates = 256;   // N
 constexpr int kMaxWidth = 4;      // W
+constexpr int kMaxLinearRows = 8;
 constexpr int kMaxLanes = 16;     // floats in a vector register, of any instruction set
 
 // A run of channels that read the same group of B and C: order[first], ..., order[first + count - 1].
@@ -78,7 +79,7 @@ struct GatedRmsNorm {
 
 struct Linear {
     Array x, weight, bias, y;                                                   // (M, I), (O, I), (O,), (M, O)
-    int64_t rows = 0, inputs = 0;
+    int64_t rows = 0, inputs = 0;      // rows: at most kMaxLinearRows
 };                                                                              // items: outputs O
 
 struct Kernels {

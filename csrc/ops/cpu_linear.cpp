@@ -12,6 +12,7 @@ constexpr const char *kOp = "linear";
 void linear(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, Tensor y) {
     STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "shedder_cpu::linear takes x (M, I) and weight (O, I)");
     const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
+    STD_TORCH_CHECK(rows <= kMaxLinearRows, "shedder_cpu::linear: x has ", rows, " rows; accepted: up to ", kMaxLinearRows);
     Linear p;
     p.x = array(kOp, "x", x, {rows, inputs});
     p.weight = array(kOp, "weight", weight, {outputs, inputs});

@@ -6,6 +6,7 @@ Float64 and complex A go to the reference. Outputs keep the memory order of thei
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from shedder import native
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_STATES = 256
 _MAX_WIDTH = 4
+_LINEAR_DTYPES = (torch.float32, torch.bfloat16)
 _MAX_LINEAR_ROWS = 4          # from here on the matrix products of torch win
+_MIN_ONEDNN_ROWS = 16
 
 
 def available() -> str | None:
@@ -115,17 +118,32 @@ def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | No
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for inference: the few rows of a decode step go to a C++ product that reads the weight at memory speed.
+    """F.linear, faster for inference on a CPU.
 
-    Everything else (more rows, gradients, other dtypes and devices, no library) is F.linear.
+    The few rows of a decode step go to a C++ product that reads the weight at memory speed. Many rows in fp32 go to
+    oneDNN, which on a Zen 4 multiplies a quarter to a third faster than the MKL behind F.linear. Anything else
+    (gradients, other dtypes and devices, torch.compile, no library) is F.linear.
     """
+    if (x.device.type != "cpu" or x.dtype not in _LINEAR_DTYPES or x.dtype is not weight.dtype
+            or torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))):
+        return F.linear(x, weight, bias)
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
-    if (0 < rows <= _MAX_LINEAR_ROWS and x.dtype is weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
-            and x.device.type == "cpu" and x.stride(-1) == 1 and weight.stride(-1) == 1
-            and available() is None and not torch.compiler.is_compiling()
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))):
+    if 0 < rows <= _MAX_LINEAR_ROWS and x.stride(-1) == 1 and weight.stride(-1) == 1 and available() is None:
         y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
         torch.ops.shedder_cpu.linear(x.reshape(rows, width), weight, bias, y.view(rows, -1))
         return y
+    if rows >= _MIN_ONEDNN_ROWS and x.dtype is torch.float32 and _has_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether this torch has the oneDNN linear that torch.compile uses, with the arguments given above."""
+    try:
+        ones = torch.ones(2, 2)
+        return bool((torch.ops.mkldnn._linear_pointwise(ones, ones, None, "none", [], "") == 2).all())
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
