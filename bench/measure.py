@@ -109,15 +109,6 @@ def _time(workload: Workload, sides: list[Side], sets: list[cases.Inputs], budge
     return how
 
 
-def _copy_seconds(bytes_: float) -> float:
-    """A copy that moves as many bytes, read and written, rotated like the inputs."""
-    size = max(int(bytes_ / 2), 16)
-    pairs = min(MAX_SETS, math.ceil(3 * latency.l2_bytes() / (2 * size)))
-    buffers = [torch.arange(2 * size, device="cuda").to(torch.uint8).view(2, size) for _ in range(pairs)]
-    (seconds,), _ = latency.gpu_clock([[lambda b=b: b[1].copy_(b[0]) for b in buffers]], budget_s=0.1)  # type: ignore[misc]
-    return seconds
-
-
 def taken(op: cases.Op, inputs: cases.Inputs, backend: str | None) -> tuple[str, str]:
     """(backends, kernels) that our call takes, found without running it."""
     from shedder.ops import explain
@@ -164,7 +155,7 @@ def measure_row(workload: Workload, on: limits.Machine | None, *, ours: bool = T
     if how.startswith("profiler"):
         notes.append(f"kernel times by the {how[:120]}")
     if "copy" in workload.target and workload.clock == "gpu":
-        notes.append(f"copy of its bytes {_copy_seconds(work.bytes) * 1e6:.2f} us")
+        notes.append(f"copy of its bytes {latency.copy_seconds(work.bytes) * 1e6:.2f} us")
     return {"op": workload.op, "pass": op.pass_, "shape": workload.shape, "layout": workload.layout,
             "dtype": workload.dtype, "state_dtype": workload.state_dtype, "model": None, "plan": None,
             "clock": workload.clock, "backend": backend, "algorithm": kernel,

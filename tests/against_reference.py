@@ -13,8 +13,9 @@ from shedder.ops.backend import module_of
 
 # RMS error over RMS of the reference. fp32: sums of some hundred terms in fp32; TF32 products where a GPU takes
 # them in three. bf16, fp16: output rounded to 8 and 11 bits, and operands of products likewise. fp64: rounding alone.
+# A gradient may be a sum over all tokens whose terms cancel (that of A does): 5 % in bf16, where a term has 8 bits.
 FORWARD = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-GRADIENT = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+GRADIENT = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 5e-2}
 
 
 def backends(op: str) -> list[Any]:
@@ -36,7 +37,10 @@ def backends(op: str) -> list[Any]:
 
 
 def assert_close(name: str, got: Tensor, expected: Tensor, limit: float) -> None:
-    """The RMS error over the RMS of `expected` is at most `limit`, and nothing is NaN."""
+    """The RMS error over the RMS of `expected` is at most `limit`, and nothing is NaN.
+
+    What cancels to (nearly) nothing is held to a hundredth of the size of the inputs, which is about 1.
+    """
     assert got.shape == expected.shape, f"{name} has shape {tuple(got.shape)}, not {tuple(expected.shape)}"
     if not expected.numel():
         return
@@ -44,7 +48,7 @@ def assert_close(name: str, got: Tensor, expected: Tensor, limit: float) -> None
     got, expected = got.detach().to(wide).cpu(), expected.detach().to(wide).cpu()
     scale = expected.abs().square().mean().sqrt().item()
     error = (got - expected).abs().square().mean().sqrt().item()
-    assert error <= limit * scale + 1e-300, f"{name}: error {error / (scale or 1):.2e} of its RMS, limit {limit:.0e}"
+    assert error <= limit * max(scale, 1e-2), f"{name}: error {error / (scale or 1):.2e} of its RMS, limit {limit:.0e}"
 
 
 def spread(t: Tensor) -> Tensor:

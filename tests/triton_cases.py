@@ -19,8 +19,9 @@ from shedder.ops import triton as backend
 
 # RMS error over RMS of the reference, and the largest error over that RMS plus the value itself. fp32: exp
 # is good to 2e-7 and a state remembers hundreds of them; TF32 in three products keeps 22 bits. bf16 and
-# fp16: the output is rounded to 8 and 11 bits, as are the operands of products.
-TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1.5e-3, 1e-2), torch.bfloat16: (1e-2, 5e-2)}
+# fp16: the output is rounded to 8 and 11 bits, as are the operands of products; where the N terms of one output
+# cancel, that output alone loses more, so the largest error has a wider limit than the RMS.
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1.5e-3, 1e-2), torch.bfloat16: (5e-3, 1e-1)}
 
 
 def assert_close(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
