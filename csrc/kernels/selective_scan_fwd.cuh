@@ -13,9 +13,7 @@
 
 #include <cstdint>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "kernels/pointwise.cuh"
 
 namespace shedder {
 
@@ -42,23 +40,6 @@ struct SelectiveScanParams {
 
 constexpr int kScanThreads = 128;
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-__device__ inline T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) { return x; }
-template <>
-__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
-// log(1 + exp(x)); log1p keeps the small values of very negative x, which log(1 + ...) rounds to zero.
-__device__ inline float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
-__device__ inline float silu(float x) { return x / (1.f + expf(-x)); }
-
 template <typename Input, int kStates, int kLanes, bool kOneGroup>
 __global__ void __launch_bounds__(kScanThreads) selective_scan_fwd(SelectiveScanParams p) {
     constexpr int kChannels = kScanThreads / kLanes;
@@ -84,7 +65,6 @@ __global__ void __launch_bounds__(kScanThreads) selective_scan_fwd(SelectiveScan
     const Input *C = static_cast<const Input *>(p.C) + b * p.C_strides.batch + group * p.C_strides.group;
     const int64_t state_row = (b * p.channels + c) * p.dstate;
 
-    constexpr float kLog2e = 1.4426950408889634f;
     float A[kStates], h[kStates];
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
