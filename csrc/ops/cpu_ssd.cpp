@@ -1,5 +1,8 @@
 // Launcher of SSD on the CPU: checks, cuts the channels of all heads into tiles, splits batch x tiles over threads.
 
+#include <cmath>
+#include <limits>
+
 #include "ops/cpu_common.h"
 
 namespace shedder::cpu {
@@ -31,7 +34,8 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
     p.seq_idx = integers(kOp, "seq_idx", seq_idx, batch * length);
     const int32_t *group = integers(kOp, "head_to_group", head_to_group, heads);
     p.dt_softplus = dt_softplus;
-    p.dt_min = static_cast<float>(dt_min);
+    const bool is_limited = dt_min != 0.0 || !std::isinf(dt_max);                       // (0, inf) clamps nothing
+    p.dt_min = is_limited ? static_cast<float>(dt_min) : -std::numeric_limits<float>::infinity();
     p.dt_max = static_cast<float>(dt_max);
     p.length = length;
     p.headdim = headdim;
