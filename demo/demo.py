@@ -1,0 +1,137 @@
+"""The main job in one run: load a trained model, shed part of it, check it, and see it run faster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from tqdm import tqdm
+
+import shedder
+from shedder import latency
+from shedder.evaluate import perplexity
+from shedder.nn import LanguageModel
+from shedder.prune import masked, parameter_count, prefix, state_bytes
+
+matplotlib.use("Agg")                                   # a file, no window
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+PROMPT = "The kernel "
+
+
+def main() -> None:
+    arguments = _arguments()
+    started = time.perf_counter()
+    device = torch.device(arguments.device)
+    calibration = (HERE / "text" / "calibration.txt").read_text(encoding="utf-8")
+    dense = shedder.load(arguments.model, device=device, dtype=torch.float32)
+    heldout = torch.tensor(dense.tokenizer.encode((HERE / "text" / "heldout.txt").read_text(encoding="utf-8")))
+    print(f"1. loaded {arguments.model}: {parameter_count(dense.config):,} parameters, "
+          f"{len(dense.layers)} layers, on {_name(device)}")
+
+    print(f"2. searching what to remove until {arguments.params:.0%} of the parameters are left")
+    plan = shedder.search(dense, calibration, budget={"params": arguments.params}, length=256, sequences=8, rescore=6)
+    small = shedder.compact(dense, plan)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    plan.to_json(arguments.out / "plan.json")
+    print(plan.explain(dense.config))
+
+    error = compacted_against_masked(arguments.model, plan, heldout[:200])
+    print(f"3. compacted equals the dense model with masks: largest difference of logits {error:.1e} in float64")
+    if error > 1e-10:
+        raise SystemExit("the compacted model is not the masked one; this is a defect of shedder, please report it")
+
+    print("4. measuring on this machine")
+    points = trajectory(dense, plan, heldout)
+    models = {"dense": dense, "compacted": small}
+    times = latency.compare(models, prompt=512, tokens=32, rounds=5)
+    quality = {name: perplexity(model, heldout, length=512) for name, model in models.items()}
+    _print_table(models, times, quality)
+    plot(points, arguments.out / "search.png", _name(device))
+    (arguments.out / "report.json").write_text(json.dumps(
+        {"device": _name(device), "points": points, "perplexity": quality,
+         "latency": {name: one.to_json() for name, one in times.items()}}, indent=1), encoding="utf-8")
+
+    small.save_pretrained(arguments.out / "compacted")
+    print(f"5. saved: checkpoint {arguments.out / 'compacted'}, plan {arguments.out / 'plan.json'}, "
+          f"plot {arguments.out / 'search.png'}")
+
+    print("6. what they write")
+    reloaded = shedder.load(arguments.out / "compacted", device=device)
+    for name, model in {"dense": dense, "compacted, loaded again": reloaded}.items():
+        ids = torch.tensor([dense.tokenizer.encode(PROMPT)], device=device)
+        out = model.generate(ids, 200, temperature=0.7, seed=1)
+        print(f"--- {name}\n{dense.tokenizer.decode(out[0].tolist())}")
+    print(f"done in {time.perf_counter() - started:.0f} s")
+
+
+def compacted_against_masked(folder: Path, plan: shedder.Plan, tokens: torch.Tensor) -> float:
+    """Largest difference of logits between the compacted model and the dense one with masked activations."""
+    dense = shedder.load(folder, dtype=torch.float64)
+    small = shedder.compact(dense, plan)
+    with torch.no_grad(), masked(dense, plan):
+        expected = dense(tokens[None])
+    with torch.no_grad():
+        return (small(tokens[None]) - expected).abs().max().item()
+
+
+def trajectory(dense: LanguageModel, plan: shedder.Plan, heldout: torch.Tensor) -> list[dict[str, float]]:
+    """Latency and held-out perplexity after each step of the search."""
+    points = []
+    steps = len(plan.provenance["trajectory"])
+    for step in tqdm(range(steps), desc="points of the search"):
+        model = shedder.compact(dense, prefix(plan, step))
+        one = latency.measure(model, prompt=512, tokens=12, repeats=3)
+        points.append({"step": step, "params": parameter_count(model.config), "prefill_ms": one.prefill_ms,
+                       "decode_ms": one.decode_ms, "perplexity": perplexity(model, heldout[:8193], length=512)})
+    return points
+
+
+def plot(points: list[dict[str, float]], path: Path, device: str) -> None:
+    """Latency against perplexity along the search, prefill and decode side by side."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for axis, key, title in zip(axes, ("prefill_ms", "decode_ms"), ("prefill of 512 bytes", "decode, one byte"),
+                                strict=True):
+        axis.plot([point[key] for point in points], [point["perplexity"] for point in points], "o-", markersize=4)
+        axis.annotate("dense", (points[0][key], points[0]["perplexity"]), textcoords="offset points", xytext=(4, 6))
+        axis.annotate("compacted", (points[-1][key], points[-1]["perplexity"]), textcoords="offset points",
+                      xytext=(4, 6))
+        axis.set(title=title, xlabel=f"ms on {device}", ylabel="held-out perplexity per byte")
+        axis.grid(alpha=0.3)
+    figure.suptitle("Latency against perplexity along the search: every point is a compacted model")
+    figure.savefig(path, dpi=120)
+
+
+def _print_table(models: dict[str, LanguageModel], times: dict[str, latency.Latency],
+                 quality: dict[str, float]) -> None:
+    dense = times["dense"]
+    print(f"{'':10} {'parameters':>11} {'state bytes':>12} {'perplexity':>11} {'prefill ms':>11} {'decode ms':>10} "
+          f"{'prefill x':>10} {'decode x':>9}")
+    for name, model in models.items():
+        one = times[name]
+        print(f"{name:10} {parameter_count(model.config):>11,} {state_bytes(model.config):>12,} {quality[name]:>11.3f} "
+              f"{one.prefill_ms:>11.2f} {one.decode_ms:>10.3f} {dense.prefill_ms / one.prefill_ms:>10.2f} "
+              f"{dense.decode_ms / one.decode_ms:>9.2f}")
+    print("state bytes per sequence; perplexity per byte of held-out text; prefill of 512 bytes; decode per byte")
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="checkpoint folder (default demo/model)")
+    parser.add_argument("--params", type=float, default=0.6, help="share of the parameters to keep (default 0.6)")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for what it makes (default demo/out)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
