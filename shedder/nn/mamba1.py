@@ -11,8 +11,7 @@ from shedder.nn.config import ModelConfig
 from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_parameter, overwrite, past
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
-from shedder.ops import causal_conv1d_update, selective_scan_fn, selective_state_update
-from shedder.ops.cpu import linear
+from shedder.ops import causal_conv1d_update, linear, selective_scan_fn, selective_state_update
 from shedder.reference import discrete_dt
 
 
@@ -59,18 +58,18 @@ class Mamba1Mixer(Mixer):
         conv_weight, A = self.constants()
         groups = (layout.ngroups, layout.dstate)
 
-        x, z = F.linear(hidden, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
+        x, z = linear(hidden, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
         x = convolve(x, conv_weight, self.conv1d.bias, state)                     # (B, L, D)
         if probe is not None:
             x = probe("x", x.transpose(1, 2)).transpose(1, 2)
-        rank, B, C = F.linear(x, self.x_proj.weight).split(self._x_split, dim=-1)
-        dt = F.linear(rank, self.dt_proj.weight).transpose(1, 2)                  # (B, D, L)
+        rank, B, C = linear(x, self.x_proj.weight).split(self._x_split, dim=-1)
+        dt = linear(rank, self.dt_proj.weight).transpose(1, 2)                  # (B, D, L)
         x, z = x.transpose(1, 2), z.transpose(1, 2)
         B = B.unflatten(-1, groups).permute(0, 2, 3, 1)                           # (B, G, N, L)
         C = C.unflatten(-1, groups).permute(0, 2, 3, 1)
         if probe is None:
             y = self._scan(x, dt, A, B, C, z, self.dt_proj.bias, True, state)
-            return F.linear(y.transpose(1, 2), self.out_proj.weight, self.out_proj.bias)
+            return linear(y.transpose(1, 2), self.out_proj.weight, self.out_proj.bias)
 
         dtype, wide = x.dtype, self.A_log.dtype
         B, C = probe("B", B), probe("C", C)
@@ -86,7 +85,7 @@ class Mamba1Mixer(Mixer):
             y = self._scan(x, dt, A, B, C, None, None, False, state)
         y = probe("y", y.to(dtype))
         gated = (y.to(wide) * F.silu(z.to(wide))).to(dtype).transpose(1, 2)
-        return probe("out", F.linear(probe("gated", gated), self.out_proj.weight, self.out_proj.bias))
+        return probe("out", linear(probe("gated", gated), self.out_proj.weight, self.out_proj.bias))
 
     def _scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, bias: Tensor | None,
               softplus: bool, state: LayerState | None) -> Tensor:

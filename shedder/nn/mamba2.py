@@ -15,8 +15,7 @@ from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_pa
 from shedder.nn.norm import GatedRMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
-from shedder.ops import causal_conv1d_update, mamba_chunk_scan_combined, selective_state_update
-from shedder.ops.cpu import linear
+from shedder.ops import causal_conv1d_update, linear, mamba_chunk_scan_combined, selective_state_update
 from shedder.reference import discrete_dt
 
 CHUNK = 128                                             # a hint of the drop-in signature; backends choose their own
@@ -74,7 +73,7 @@ class Mamba2Mixer(Mixer):
         layout, probe = self.layout, self.probe
         conv_weight, A, A_full, D, D_full, _ = self.constants()
 
-        z, xBC, dt = F.linear(hidden, self.in_proj.weight, self.in_proj.bias).split(self._in_split, dim=-1)[:3]
+        z, xBC, dt = linear(hidden, self.in_proj.weight, self.in_proj.bias).split(self._in_split, dim=-1)[:3]
         x, B, C = convolve(xBC, conv_weight, self.conv1d.bias, state).split(self._conv_split, dim=-1)
         x = x.unflatten(-1, (layout.nheads, layout.headdim))
         B = B.unflatten(-1, (layout.ngroups, layout.dstate))
@@ -104,9 +103,9 @@ class Mamba2Mixer(Mixer):
             y = y.flatten(2)
             if self.norm is not None:
                 y = self.norm(y, z)
-            return F.linear(y, self.out_proj.weight, self.out_proj.bias)
+            return linear(y, self.out_proj.weight, self.out_proj.bias)
         y = gate_and_norm_probed(probe("y", y).flatten(2), z, self.norm, probe)
-        return probe("out", F.linear(y, self.out_proj.weight, self.out_proj.bias))
+        return probe("out", linear(y, self.out_proj.weight, self.out_proj.bias))
 
     def _step(self, hidden: Tensor, state: LayerState) -> Tensor:
         layout = self.layout

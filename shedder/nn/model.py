@@ -16,7 +16,7 @@ from shedder.nn.mixer import Mixer
 from shedder.nn.norm import RMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import ModelState
-from shedder.ops.cpu import linear
+from shedder.ops import linear
 from shedder.text import Tokenizer, load_tokenizer
 
 

@@ -13,7 +13,7 @@ from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_pa
 from shedder.nn.norm import GatedRMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
-from shedder.ops.cpu import linear
+from shedder.ops import linear
 
 
 class RemovedSSMMixer(Mixer):
