@@ -1,7 +1,7 @@
 """Tables and plots from the result files: every figure in the README or docs comes from here.
 
     python -m bench.report                             # all tables, as markdown
-    python -m bench.report --readme README.md          # between <!-- bench:SUITE --> and <!-- /bench -->
+    python -m bench.report --fill docs/benchmarks.md   # between <!-- bench:h200/ssd --> and <!-- /bench -->
     python -m bench.report --plot docs/removal.png --gpu h200
 """
 
@@ -79,7 +79,7 @@ def markdown(rows: Iterable[Row]) -> str:
         layout = f" {row['layout']}" if row["op"] == "conv1d" else ""
         state = f", {row['state_dtype']} state" if row["state_dtype"] else ""
         lines.append("| " + " | ".join((
-            row["op"] + forced, f"{shape_text(row['shape'])}{layout} {row['dtype']}{state}{mark}", row["clock"],
+            (f"{row['model']}: " if row["model"] else "") + row["op"] + forced, f"{shape_text(row['shape'])}{layout} {row['dtype']}{state}{mark}", row["clock"],
             number(row["ours_us"]), number(row["peer_us"]), "-" if faster is None else f"{faster:.2f}x",
             _target(workload_of(row)), share, number(row["error"], 2), number(row["peer_error"], 2))) + " |")
     lines += [f"\n[{index}] {note}" for index, note in enumerate(notes, 1)]
@@ -171,24 +171,24 @@ def plot(folder: Path, target: Path, ops: tuple[str, ...] = ("selective_scan", "
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and plots from bench/results.")
-    parser.add_argument("--gpu", default="h200", help="folder of bench/results (default h200)")
+    parser.add_argument("--gpu", default="h200", help="folder of bench/results for the plot (default h200)")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
-    parser.add_argument("--readme", type=Path, help="fill the tables of this file in place")
+    parser.add_argument("--fill", type=Path, help="fill the tables of this file in place")
     parser.add_argument("--plot", type=Path, help="write the plot of work left here")
     options = parser.parse_args(arguments)
-    folder = options.results / options.gpu
     try:
-        tables = {path.stem: suite_table(path) for path in sorted(folder.glob("*.json"))}
+        tables = {f"{path.parent.name}/{path.stem}": suite_table(path)
+                  for path in sorted(options.results.glob("*/*.json"))}
         if not tables:
-            raise results.ResultsError(f"{folder} has no results; run pytest bench/ on a GPU first")
-        if options.readme:
-            options.readme.write_text(fill(options.readme.read_text(), tables))
+            raise results.ResultsError(f"{options.results} has no results; run pytest bench/ on a GPU first")
+        if options.fill:
+            options.fill.write_text(fill(options.fill.read_text(), tables))
         if options.plot:
-            plot(folder, options.plot)
+            plot(options.results / options.gpu, options.plot)
     except (results.ResultsError, OSError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2
-    if not options.readme and not options.plot:
+    if not options.fill and not options.plot:
         for name, table in tables.items():
             print(f"## {name}\n\n{table}\n")
     return 0
