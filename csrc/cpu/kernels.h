@@ -51,6 +51,7 @@ struct Ssd {
 struct StateUpdate {
     Array state, x, dt, A, B, C, D, z, dt_bias, y;
     bool dt_softplus = false;
+    float dt_min = -__builtin_inff(), dt_max = __builtin_inff();
     const int32_t *head_to_group = nullptr, *state_batch_indices = nullptr;     // head_to_group null: all read group 0
     int64_t heads = 0, headdim = 0, states = 0;
 };                                                                              // items: rows of B x H x P

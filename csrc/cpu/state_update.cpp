@@ -1,6 +1,6 @@
 // One decode step of either family.
 //
-//   dt = softplus(dt + bias)      h = exp(dt A) h + dt B x      y = (sum_n C h + D x) silu(z)
+//   dt = clamp(softplus(dt + bias), dt_min, dt_max)      h = exp(dt A) h + dt B x      y = (sum_n C h + D x) silu(z)
 //
 // Lanes are states of one row (h, p): the state is read and written once, in its own dtype. Where A does not change
 // over the states its exponentials are taken for kRows rows at once. Bound: bytes of the state.
@@ -71,6 +71,7 @@ void step_rows(const StateUpdate &p, int64_t batch, int64_t head, int64_t first,
     for (int64_t i = 0; i < count; i += kLanes) {
         Vec d = load(dt + i) + load(other + i);
         if (p.dt_softplus) d = softplus(d);
+        d = maximum(splat(p.dt_min), minimum(splat(p.dt_max), d));
         store(dt + i, d);
         if (scalar_A) store(decay + i, exp(d * load(decay + i)));
     }

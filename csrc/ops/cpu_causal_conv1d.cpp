@@ -9,8 +9,6 @@ void check_width(const char *op, int64_t width) {
     STD_TORCH_CHECK(1 <= width && width <= kMaxWidth, "shedder_cpu::", op, ": W is ", width, "; accepted: 1..", kMaxWidth);
 }
 
-int64_t tiles(int64_t channels) { return (channels + kConvTile - 1) / kConvTile; }
-
 void causal_conv1d(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, bool silu,
                    const MaybeTensor &initial_states, const MaybeTensor &seq_idx, Tensor y, Tensor final_states) {
     constexpr const char *kOp = "causal_conv1d";
@@ -61,8 +59,7 @@ void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weig
     p.length = length;
     p.width = width;
     p.kept = kept;
-    split(batch * tiles(channels), kConvTile * (length * 8 + kept * 2),
-          [&p](int64_t begin, int64_t end) { kernels().conv1d_update(p, begin, end); });
+    split_conv1d_update(batch, p);
 }
 
 }  // namespace

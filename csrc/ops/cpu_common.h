@@ -86,4 +86,25 @@ void split(int64_t items, int64_t cost, const F &f) {
     if (items > 0) torch::stable::parallel_for(0, items, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, cost)), f);
 }
 
+// The parts of a decode step, each split over threads.
+
+inline int64_t tiles(int64_t channels) { return (channels + kConvTile - 1) / kConvTile; }
+
+inline void split_conv1d_update(int64_t batch, const Conv1dUpdate &p) {
+    split(batch * tiles(p.channels), kConvTile * (p.length * 8 + p.kept * 2),
+          [&p](int64_t begin, int64_t end) { kernels().conv1d_update(p, begin, end); });
+}
+
+inline void split_state_update(int64_t batch, const StateUpdate &p) {
+    split(batch * p.heads * p.headdim, p.states * 2 + 16,
+          [&p](int64_t begin, int64_t end) { kernels().state_update(p, begin, end); });
+}
+
+inline void split_gated_rmsnorm(int64_t rows, int64_t channels, const GatedRmsNorm &p) {
+    split(rows, channels * 4, [&p, channels](int64_t begin, int64_t end) {
+        std::vector<float> scratch(channels + kMaxLanes);
+        kernels().gated_rmsnorm(p, scratch.data(), begin, end);
+    });
+}
+
 }  // namespace shedder::cpu

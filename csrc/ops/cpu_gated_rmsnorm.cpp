@@ -25,10 +25,7 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
     p.eps = eps.data();
     p.segment_count = static_cast<int64_t>(segments.size());
     p.norm_before_gate = norm_before_gate;
-    split(rows, channels * 4, [&p, channels](int64_t begin, int64_t end) {
-        std::vector<float> scratch(channels + kMaxLanes);
-        kernels().gated_rmsnorm(p, scratch.data(), begin, end);
-    });
+    split_gated_rmsnorm(rows, channels, p);
 }
 
 }  // namespace

@@ -39,8 +39,7 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
     p.heads = heads;
     p.headdim = headdim;
     p.states = states;
-    split(batch * heads * headdim, states * 2 + 16,
-          [&p](int64_t begin, int64_t end) { kernels().state_update(p, begin, end); });
+    split_state_update(batch, p);
 }
 
 }  // namespace

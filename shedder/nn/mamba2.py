@@ -15,7 +15,7 @@ from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_pa
 from shedder.nn.norm import GatedRMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
-from shedder.ops import causal_conv1d_update, linear, mamba_chunk_scan_combined, selective_state_update
+from shedder.ops import linear, mamba_chunk_scan_combined, selective_state_update, step_mixer
 from shedder.reference import discrete_dt
 
 CHUNK = 128                                             # a hint of the drop-in signature; backends choose their own
@@ -50,7 +50,8 @@ class Mamba2Mixer(Mixer):
         padding = [layout.row_padding] if layout.row_padding else []
         self._in_split = [layout.d_inner, layout.conv_channels, layout.nheads, *padding]
         self._conv_split = [layout.d_inner, bc, bc]
-        self._is_limited = tuple(config.dt_limit) != (0.0, math.inf)
+        self._norm_segments = tuple((segment.channels, segment.eps) for segment in layout.norm_segments) or None
+        self.norm_before_gate = config.norm_before_gate
 
     def allocate_state(self, batch: int, ssm_dtype: torch.dtype) -> LayerState:
         layout, weight = self.layout, self.in_proj.weight
@@ -63,15 +64,14 @@ class Mamba2Mixer(Mixer):
         A = -torch.exp(self.A_log)
         D = self.D.view(heads, headdim) if self.d_has_hdim else self.D
         return (self.conv1d.weight.squeeze(1), A, A[:, None, None].expand(heads, headdim, dstate),
-                D, D[:, None].expand(heads, headdim) if D.dim() == 1 else D,
-                self.dt_bias[:, None].expand(heads, headdim))
+                D, D[:, None].expand(heads, headdim) if D.dim() == 1 else D)
 
     def forward(self, hidden: Tensor, state: LayerState | None = None) -> Tensor:
         """hidden (B, L, d_model) -> (B, L, d_model), continuing from `state` and updating it."""
         if state is not None and hidden.shape[1] == 1 and self.probe is None:
             return self._step(hidden, state)
         layout, probe = self.layout, self.probe
-        conv_weight, A, A_full, D, D_full, _ = self.constants()
+        conv_weight, A, A_full, D, D_full = self.constants()
 
         z, xBC, dt = linear(hidden, self.in_proj.weight, self.in_proj.bias).split(self._in_split, dim=-1)[:3]
         x, B, C = convolve(xBC, conv_weight, self.conv1d.bias, state).split(self._conv_split, dim=-1)
@@ -108,26 +108,16 @@ class Mamba2Mixer(Mixer):
         return probe("out", linear(y, self.out_proj.weight, self.out_proj.bias))
 
     def _step(self, hidden: Tensor, state: LayerState) -> Tensor:
-        layout = self.layout
-        conv_weight, _, A, _, D, dt_bias = self.constants()
-        batch, ssm = hidden.shape[0], state.ssm
-        assert ssm is not None
-        z, xBC, dt = linear(hidden.squeeze(1), self.in_proj.weight,
-                              self.in_proj.bias).split(self._in_split, dim=-1)[:3]
-        xBC = causal_conv1d_update(xBC, state.conv, conv_weight, self.conv1d.bias, activation="silu")
-        x, B, C = xBC.split(self._conv_split, dim=-1)
-        softplus = True
-        if self._is_limited:                            # the step kernels know no limit
-            dt = discrete_dt(dt, self.dt_bias, True, self.dt_limit, self.dt_bias.dtype)
-            softplus, dt_bias = False, None
-        heads = (batch, layout.nheads, layout.headdim)
-        y = selective_state_update(
-            ssm, x.view(heads), dt[..., None].expand(heads), A, B.view(batch, layout.ngroups, layout.dstate),
-            C.view(batch, layout.ngroups, layout.dstate), D, z=z.view(heads) if self.norm is None else None,
-            dt_bias=dt_bias, dt_softplus=softplus, head_to_group=self.head_to_group).view(batch, -1)
-        if self.norm is not None:
-            y = self.norm(y, z)
-        return linear(y, self.out_proj.weight, self.out_proj.bias).unsqueeze(1)
+        conv_weight, A, _, D, _ = self.constants()
+        in_proj, out_proj, norm, layout = self.in_proj, self.out_proj, self.norm, self.layout
+        assert state.ssm is not None
+        y = step_mixer(
+            linear(hidden.squeeze(1), in_proj.weight, in_proj.bias), state.conv, state.ssm, conv_weight,
+            self.conv1d.bias, self.dt_bias, A, D, None if norm is None else norm.weight, headdim=layout.headdim,
+            ngroups=layout.ngroups, dstate=layout.dstate, head_to_group=self.head_to_group,
+            norm_segments=self._norm_segments, norm_before_gate=self.norm_before_gate, dt_limit=self.dt_limit,
+            row_padding=layout.row_padding)
+        return linear(y, out_proj.weight, out_proj.bias).unsqueeze(1)
 
 
 def gate_and_norm_probed(y: Tensor, z: Tensor, norm: GatedRMSNorm | None, probe) -> Tensor:

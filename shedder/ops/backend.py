@@ -12,6 +12,7 @@ and one function for each op that it implements. The facts of a call are
     state_update    heads, headdim, dstate, groups, slots, state_dtype, dt_dtype, indexed
     causal_conv1d   channels, width, weight_dtype, channel_last, initial_states, seq_idx
     causal_conv1d_update    channels, width, weight_dtype, ring, indexed
+    step_mixer      heads, headdim, dstate, groups, width, weight_dtype, state_dtype, segments (a tuple)
     gated_rmsnorm   width, weight_dtype, segments (a tuple), gated, norm_before_gate
 """
 
@@ -24,9 +25,12 @@ from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
+import torch
+
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}    # of backend="auto", by device
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-OPS = ("selective_scan", "ssd", "state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm")
+OPS = ("selective_scan", "ssd", "state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm",
+       "step_mixer")
 _MODULES = {"cuda": "shedder.ops.cuda", "triton": "shedder.ops.triton", "cpu": "shedder.ops.cpu",
             "reference": "shedder.ops.reference_backend"}
 
@@ -96,6 +100,18 @@ def decide(op: str, backend: str, facts: Facts) -> Explanation:
                                known, rejected)
         rejected[name] = reason
     raise ValueError(f"backend={backend!r} cannot run {op}: {rejected[backend]}")
+
+
+@torch.compiler.assume_constant_result
+def decide_or_compose(op: str, parts: str, backend: str, facts: Facts) -> Explanation:
+    """The decision for an op that other ops compose: backend "composed" where none has it in one kernel."""
+    if backend in BACKENDS and not hasattr(module_of(backend), op):
+        return Explanation(op, "composed", parts, dict(facts), {backend: f"the {backend} backend has no {op}"})
+    decision = decide(op, backend, facts)
+    if backend != "auto" or decision.backend != "reference":
+        return decision
+    return Explanation(op, "composed", parts, decision.facts,
+                       {**decision.rejected, "reference": "its parts may have faster backends"})
 
 
 @lru_cache(maxsize=8192)

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from shedder.ops.tracing import is_traced
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MAX_STATES = 256
+
+Result = TypeVar("Result")
+_KEPT = 4096
+
+
+class OncePerLook(Generic[Result]):
+    """A check of tensors and hashable options that reads of each tensor only shape, dtype and device.
+
+    Calls that look alike are checked once: a step of a model makes dozens of checks, and each
+    would cost as much as its kernel.
+    """
+
+    def __init__(self, check: Callable[..., Result]) -> None:
+        self._check = check
+        self._passed: dict[tuple, Result] = {}
+
+    def __call__(self, tensors: tuple[Any, ...], *options: Any) -> Result:
+        """What the check returns for these tensors and options."""
+        if is_traced():                                 # shapes may be symbols
+            return self._check(tensors, *options)
+        looks = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors]
+        key = (*looks, *options)
+        result = self._passed.get(key)
+        if result is None:
+            result = self._check(tensors, *options)
+            if len(self._passed) == _KEPT:
+                self._passed.clear()
+            self._passed[key] = result
+        return result
 
 
 def check_shape(name: str, tensor: Any, shape: tuple[int | None, ...], letters: str) -> None:

@@ -64,9 +64,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
                    channel_to_group: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(u)
     final_state = torch.empty(u.shape[0], *A.shape, dtype=torch.float32)
-    torch.ops.shedder_cpu.selective_scan(u, delta, _real(A), B, C, _real(D), z, _real(delta_bias), delta_softplus,
-                                         _real(initial_state), _numbers(channel_to_group), _numbers(seq_idx), y,
-                                         final_state)
+    torch.ops.shedder_cpu.selective_scan.default(
+        u, delta, _real(A), B, C, _real(D), z, _real(delta_bias), delta_softplus, _real(initial_state),
+        _numbers(channel_to_group), _numbers(seq_idx), y, final_state)
     return y, final_state
 
 
@@ -78,8 +78,9 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
         D = D[:, None].expand(heads, headdim)
     y = torch.empty(x.shape, dtype=x.dtype)
     final_states = torch.empty(batch, heads, headdim, B.shape[-1], dtype=torch.float32)
-    torch.ops.shedder_cpu.ssd(x, dt, _real(A), B, C, _real(D), z, _real(dt_bias), dt_softplus, dt_min, dt_max,
-                              _numbers(head_to_group), _real(initial_states), _numbers(seq_idx), y, final_states)
+    torch.ops.shedder_cpu.ssd.default(
+        x, dt, _real(A), B, C, _real(D), z, _real(dt_bias), dt_softplus, dt_min, dt_max, _numbers(head_to_group),
+        _real(initial_states), _numbers(seq_idx), y, final_states)
     return y, final_states
 
 
@@ -87,8 +88,8 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
                  z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, head_to_group: Tensor | None,
                  state_batch_indices: Tensor | None) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype)
-    torch.ops.shedder_cpu.state_update(state, x, dt, _real(A), B, C, _real(D), z, _real(dt_bias), dt_softplus,
-                                       _numbers(head_to_group), _numbers(state_batch_indices), y)
+    torch.ops.shedder_cpu.state_update.default(state, x, dt, _real(A), B, C, _real(D), z, _real(dt_bias), dt_softplus,
+                                               _numbers(head_to_group), _numbers(state_batch_indices), y)
     return y
 
 
@@ -96,24 +97,36 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, in
                   seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
     final_states = torch.empty(*x.shape[:2], weight.shape[1] - 1, dtype=x.dtype)
-    torch.ops.shedder_cpu.causal_conv1d(x, weight, bias, silu, initial_states, _numbers(seq_idx), y, final_states)
+    torch.ops.shedder_cpu.causal_conv1d.default(x, weight, bias, silu, initial_states, _numbers(seq_idx), y,
+                                                final_states)
     return y, final_states
 
 
 def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,
                          cache_seqlens: Tensor | None, conv_state_indices: Tensor | None) -> Tensor:
     y = torch.empty_like(x)
-    torch.ops.shedder_cpu.causal_conv1d_update(x, conv_state, weight, bias, silu, _numbers(cache_seqlens),
-                                               _numbers(conv_state_indices), y)
+    torch.ops.shedder_cpu.causal_conv1d_update.default(x, conv_state, weight, bias, silu, _numbers(cache_seqlens),
+                                                       _numbers(conv_state_indices), y)
+    return y
+
+
+def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor, conv_bias: Tensor | None,
+               dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor,
+               segments: list[int], eps: list[float], norm_before_gate: bool, dt_min: float, dt_max: float) -> Tensor:
+    y = zxbcdt.new_empty(zxbcdt.shape[0], A.shape[0] * ssm_state.shape[2])
+    torch.ops.shedder_cpu.step_mixer.default(
+        zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, ngroups,
+        _numbers(head_to_group), segments, eps, norm_before_gate, dt_min, dt_max, y)
     return y
 
 
 def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, segments: list[int],
                   eps: list[float], norm_before_gate: bool) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
-    torch.ops.shedder_cpu.gated_rmsnorm(x.reshape(-1, width), weight, bias, None if z is None else z.reshape(-1, width),
-                                        segments, eps, norm_before_gate, y.view(-1, width))
+    torch.ops.shedder_cpu.gated_rmsnorm.default(x.reshape(-1, width), weight, bias,
+                                                None if z is None else z.reshape(-1, width), segments, eps,
+                                                norm_before_gate, y.view(-1, width))
     return y
 
 
@@ -131,9 +144,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
     if 0 < rows <= _MAX_LINEAR_ROWS and x.stride(-1) == 1 and weight.stride(-1) == 1 and available() is None:
-        y = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype)
-        torch.ops.shedder_cpu.linear(x.reshape(rows, width), weight, bias, y.view(rows, -1))
-        return y
+        y = x.new_empty(rows, weight.shape[0])
+        is_flat = x.dim() == 2
+        torch.ops.shedder_cpu.linear.default(x if is_flat else x.reshape(rows, width), weight, bias, y)
+        return y if is_flat else y.view(*x.shape[:-1], -1)
     if rows >= _MIN_ONEDNN_ROWS and x.dtype is torch.float32 and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

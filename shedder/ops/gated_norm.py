@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shedder import reference
 from shedder.ops.backend import Facts
-from shedder.ops.checks import FLOATS, check_dtype, check_parameter, check_same_device, check_shape
+from shedder.ops.checks import FLOATS, OncePerLook, check_dtype, check_parameter, check_same_device, check_shape
 from shedder.ops.register import register
 
 
@@ -54,6 +55,16 @@ def rmsnorm_fn(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None 
     Raises:
         ValueError: naming the argument, what came, and what is accepted.
     """
+    sizes, each_eps = _check((x, weight, bias, z), eps, group_size, None if segments is None else tuple(segments),
+                             None if segment_eps is None else tuple(segment_eps))
+    return _gated_rmsnorm(x, weight, bias, z, sizes, each_eps, norm_before_gate, backend or "auto")
+
+
+@OncePerLook
+def _check(tensors: tuple[Any, ...], eps: float, group_size: int | None, segments: tuple[int, ...] | None,
+           segment_eps: tuple[float, ...] | None) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The segments and the eps of each."""
+    x, weight, bias, z = tensors
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(getattr(x, 'shape', ()))}; accepted: (..., D) with D >= 1")
     check_dtype("x", x, FLOATS)
@@ -71,14 +82,14 @@ def rmsnorm_fn(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None 
         size = width if group_size is None else group_size
         if size < 1 or width % size:
             raise ValueError(f"group_size is {group_size}; accepted: a divisor of D = {width}")
-        segments = [size] * (width // size)
+        segments = (size,) * (width // size)
     elif group_size is not None:
         raise ValueError(f"group_size is {group_size} and segments is {list(segments)}; accepted: one of them")
     elif sum(segments) != width or min(segments) < 1:
         raise ValueError(f"segments is {list(segments)}; accepted: positive sizes that add up to D = {width}")
     if segment_eps is None:
-        segment_eps = [eps] * len(segments)
+        segment_eps = (eps,) * len(segments)
     elif len(segment_eps) != len(segments):
         raise ValueError(f"segment_eps has {len(segment_eps)} entries; accepted: one for each of the "
                          f"{len(segments)} segments")
-    return _gated_rmsnorm(x, weight, bias, z, list(segments), list(segment_eps), norm_before_gate, backend or "auto")
+    return segments, segment_eps

@@ -13,9 +13,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from shedder.ops.checks import integers
+from shedder.ops.tracing import is_traced
 
 GroupMap = Tensor | Sequence[int] | None
 _checked: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}     # id -> (tensor, groups, version at the check)
@@ -32,11 +32,11 @@ def as_group_map(name: str, given: GroupMap, rows: int, groups: int, device: tor
         if groups < 1 or rows % groups:
             raise ValueError(f"{name} is None, but {rows} {unit} cannot be shared equally by the {groups} groups of B; "
                              f"accepted: a group for each of the {unit}")
-        return (_equal_runs if _may_cache() else _equal_runs.__wrapped__)(rows, groups, device)
+        return (_equal_runs.__wrapped__ if is_traced() else _equal_runs)(rows, groups, device)
     entries = tuple(given)
     if len(entries) != rows:
         raise ValueError(f"{name} has {len(entries)} entries; accepted: one for each of the {rows} {unit}")
-    return (_from_entries if _may_cache() else _from_entries.__wrapped__)(name, entries, groups, device)
+    return (_from_entries.__wrapped__ if is_traced() else _from_entries)(name, entries, groups, device)
 
 
 def check_group_map(name: str, group_map: Tensor | None, groups: int) -> None:
@@ -64,11 +64,6 @@ def _check_entries(name: str, entries: tuple[int, ...], groups: int) -> None:
             raise ValueError(f"{name} has entry {entry!r}; accepted: integers in [0, {groups})")
         if not 0 <= entry < groups:
             raise ValueError(_out_of_range(name, entry, groups))
-
-
-def _may_cache() -> bool:
-    """Whether a tensor made now is a real one: not while a graph is traced or fake tensors are about."""
-    return not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
 
 
 # Kept tensors are made outside inference mode, or no later training step could save them.

@@ -83,6 +83,31 @@ def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Te
     return y
 
 
+def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor, conv_bias: Tensor | None,
+               dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor,
+               segments: list[int], eps: list[float], norm_before_gate: bool, dt_min: float, dt_max: float) -> Tensor:
+    batch, heads, headdim, dstate = ssm_state.shape
+    inner, states = heads * headdim, ngroups * dstate
+    out = torch.empty(batch, inner, dtype=zxbcdt.dtype, device=zxbcdt.device)
+    if not out.numel():
+        return out
+    z, xBC, dt = zxbcdt[:, :2 * inner + 2 * states + heads].split([inner, inner + 2 * states, heads], dim=-1)
+    xBC, new_conv = reference.causal_conv1d_update(xBC[..., None], conv_state, conv_weight, conv_bias, "silu")
+    x, B, C = xBC[..., 0].split([inner, states, states], dim=-1)
+    gate = z.unflatten(-1, (heads, headdim))[:, None]
+    y, new_ssm = reference.ssd(
+        x.unflatten(-1, (heads, headdim))[:, None], dt[:, None], A, B.unflatten(-1, (ngroups, dstate))[:, None],
+        C.unflatten(-1, (ngroups, dstate))[:, None], D, gate if norm_weight is None else None, dt_bias, True,
+        (dt_min, dt_max), head_to_group=head_to_group, initial_states=ssm_state)
+    y = y.flatten(1)
+    if norm_weight is not None:
+        y = reference.gated_rmsnorm(y, norm_weight, None, z, segments=segments, eps=eps,
+                                    norm_before_gate=norm_before_gate)
+    conv_state.copy_(new_conv)
+    ssm_state.copy_(new_ssm)
+    return out.copy_(y)
+
+
 def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, segments: list[int],
                   eps: list[float], norm_before_gate: bool) -> Tensor:
     y = reference.gated_rmsnorm(x, weight, bias, z, segments=segments, eps=eps, norm_before_gate=norm_before_gate)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shedder.ops.backend import Explanation, Facts, choose, decide
+from shedder.ops.tracing import is_traced
 
 _library = torch.library.Library("shedder", "FRAGMENT")
 _recording: list[list[Explanation]] = []          # lists that fake calls append their decision to
@@ -30,10 +31,16 @@ class Recording:
         _recording.pop()
 
 
+def record(decision: Explanation) -> None:
+    """Show explain a decision that no op on fake tensors makes."""
+    if _recording:
+        _recording[-1].append(decision)
+
+
 def register(name: str, arguments: str, returns: str, *, facts: Callable[..., Facts], fake: Callable[..., Any],
              recompute: Callable[..., Any] | None = None,
              check_values: Callable[..., None] | None = None) -> Callable[..., Any]:
-    """Define op `name` and return the callable overload; it takes `arguments` and then `backend`.
+    """Define op `name` and return a function that calls it; it takes `arguments` and then `backend`.
 
     Args:
         facts: the facts of a call (see backend.py). fake: outputs without data. check_values:
@@ -60,7 +67,15 @@ def register(name: str, arguments: str, returns: str, *, facts: Callable[..., Fa
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
         _register_gradient(name, arguments, recompute)
-    return getattr(torch.ops.shedder, name).default
+    op = getattr(torch.ops.shedder, name).default
+
+    def call(*args: Any) -> Any:
+        # A CPU step is short: where no gradient and no tracer wait in the dispatcher, skip its 10 us.
+        if torch.is_grad_enabled() or is_traced() or type(args[0]) is not Tensor or not args[0].is_cpu:
+            return op(*args)
+        return kernel(*args)
+
+    return call
 
 
 def _register_gradient(name: str, arguments: str, recompute: Callable[..., Any]) -> None:

@@ -1,0 +1,222 @@
+"""A whole Mamba-2 decode step is the composition of the specifications, on every backend that has it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shedder import ops, reference
+from shedder.ops.backend import BACKENDS, module_of, unavailable
+
+STEPS = 3
+# Outputs are rounded once to their dtype; the state and what passes between the parts is float32.
+LIMIT = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+LAYOUTS = {
+    "dense": {"heads": 4, "headdim": 16, "ngroups": 2, "dstate": 32},
+    "odd": {"heads": 7, "headdim": 13, "ngroups": 1, "dstate": 101, "width": 3},
+    "ragged": {"heads": 5, "headdim": 9, "ngroups": 3, "dstate": 6, "head_to_group": (2, 0, 0, 2, 0)},
+    "one head of two groups": {"heads": 1, "headdim": 70, "ngroups": 2, "dstate": 5, "head_to_group": (1,), "width": 1},
+    "segments": {"heads": 3, "headdim": 60, "ngroups": 1, "dstate": 17, "norm_segments": ((60, 1e-5), (120, 3e-6))},
+}
+
+
+def implementations() -> list[Any]:
+    """Every backend with the op, and None: what a call takes by itself."""
+    found = []
+    for name in (None, *BACKENDS):
+        if name is not None and not hasattr(module_of(name), "step_mixer"):
+            continue
+        device = "cuda" if name in ("cuda", "triton") else "cpu"
+        reason = None if name is None else unavailable(name)
+        marks = ([pytest.mark.gpu] if device == "cuda" else []) + (
+            [] if reason is None else [pytest.mark.skip(reason=f"{name}: {reason}")])
+        found.append(pytest.param(name, device, id=str(name), marks=marks))
+    return found
+
+
+def make_inputs(heads: int, headdim: int, ngroups: int, dstate: int, *, width: int = 4, batch: int = 2,
+                row_padding: int = 0, kept: int | None = None, dtype: torch.dtype = torch.float32,
+                state_dtype: torch.dtype = torch.float32, has_norm: bool = True, has_bias: bool = True,
+                d_has_hdim: bool = False, norm_segments: Any = None, device: str = "cpu",
+                **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and options of a call."""
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    inner = heads * headdim
+    channels = inner + 2 * ngroups * dstate
+    kept = width - 1 if kept is None else kept
+    tensors = {
+        "zxbcdt": rand(batch, inner + channels + heads + row_padding).to(dtype),
+        "conv_state": rand(batch, kept, channels).to(dtype).transpose(1, 2),          # as nn allocates it
+        "ssm_state": rand(batch, heads, headdim, dstate).to(state_dtype),
+        "conv_weight": (rand(channels, width) / 2).to(dtype),
+        "conv_bias": rand(channels).to(dtype) if has_bias else None,
+        "dt_bias": rand(heads), "A": -rand(heads).exp(), "D": rand(heads, headdim) if d_has_hdim else rand(heads),
+        "norm_weight": rand(inner).to(dtype) if has_norm else None,
+    }
+    if has_norm:
+        options["norm_segments"] = norm_segments or ((inner, 1e-5),)
+    return tensors, {"headdim": headdim, "ngroups": ngroups, "dstate": dstate, "row_padding": row_padding, **options}
+
+
+def expected(tensors: dict[str, Any], *, headdim: int, ngroups: int, dstate: int, row_padding: int,
+             head_to_group: Any = None, norm_segments: Any = None, norm_before_gate: bool = True,
+             dt_limit: tuple[float, float] = (0.0, math.inf)) -> tuple[Tensor, Tensor, Tensor]:
+    """y and both new states, composed from shedder.reference in float64."""
+    t = {name: None if value is None else value.double().cpu() for name, value in tensors.items()}
+    batch, heads = t["zxbcdt"].shape[0], t["A"].shape[0]
+    inner, states = heads * headdim, ngroups * dstate
+    z, xBC, dt, _ = t["zxbcdt"].split([inner, inner + 2 * states, heads, row_padding], dim=-1)
+    xBC, conv_state = reference.causal_conv1d_update(xBC[..., None], t["conv_state"], t["conv_weight"], t["conv_bias"],
+                                                     "silu")
+    x, B, C = xBC[..., 0].split([inner, states, states], dim=-1)
+    groups = torch.tensor(head_to_group or [head * ngroups // heads for head in range(heads)])
+    y, ssm_state = reference.ssd(
+        x.view(batch, 1, heads, headdim), dt[:, None], t["A"], B.reshape(batch, 1, ngroups, dstate),
+        C.reshape(batch, 1, ngroups, dstate), t["D"],
+        z.reshape(batch, 1, heads, headdim) if t["norm_weight"] is None else None, t["dt_bias"], True, dt_limit,
+        head_to_group=groups, initial_states=t["ssm_state"])
+    y = y.reshape(batch, inner)
+    if t["norm_weight"] is not None:
+        y = reference.gated_rmsnorm(y, t["norm_weight"], None, z, segments=[size for size, _ in norm_segments],
+                                    eps=[eps for _, eps in norm_segments], norm_before_gate=norm_before_gate)
+    return y, conv_state, ssm_state
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    error = (got.double().cpu() - want).abs().max() / want.abs().max()
+    assert error <= LIMIT[dtype], f"{name} is off by {error:.1e} of its largest value; allowed {LIMIT[dtype]:.1e}"
+
+
+def check(tensors: dict[str, Any], options: dict[str, Any], backend: str | None) -> None:
+    """Some steps, each held to the reference from the state that the step before left."""
+    for _ in range(STEPS):
+        y_want, conv_want, ssm_want = expected(tensors, **options)
+        y = ops.step_mixer(**tensors, **options, backend=backend)
+        assert y.dtype == tensors["zxbcdt"].dtype
+        assert_close("y", y, y_want, y.dtype)
+        assert torch.equal(tensors["conv_state"].double().cpu(), conv_want)       # inputs are moved, not computed
+        assert_close("ssm_state", tensors["ssm_state"], ssm_want, tensors["ssm_state"].dtype)
+        tensors["zxbcdt"] = torch.randn_like(tensors["zxbcdt"])
+
+
+@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize("dtype", list(LIMIT))
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_step_is_the_composition_of_the_references(layout, dtype, backend, device, poisoned_allocator):
+    check(*make_inputs(**LAYOUTS[layout], dtype=dtype, device=device), backend)
+
+
+@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize("case", [
+    {"has_norm": False}, {"has_norm": False, "d_has_hdim": True}, {"norm_before_gate": True},
+    {"norm_before_gate": False}, {"dt_limit": (0.5, 0.9)}, {"dt_limit": (0.1, math.inf)}, {"d_has_hdim": True},
+    {"has_bias": False}, {"row_padding": 5}, {"kept": 4}, {"batch": 1}, {"batch": 5},
+    {"state_dtype": torch.bfloat16}, {"state_dtype": torch.float16}], ids=str)
+def test_every_option_of_a_step(case, backend, device, poisoned_allocator):
+    check(*make_inputs(**LAYOUTS["ragged"], **case, device=device), backend)
+
+
+@pytest.mark.parametrize(("backend", "device"), implementations())
+def test_a_large_layer_is_split_over_threads_alike(backend, device):
+    check(*make_inputs(24, 64, 2, 128, batch=3, device=device), backend)
+
+
+@pytest.mark.parametrize(("backend", "device"), implementations())
+def test_inputs_may_lie_at_any_distance(backend, device):
+    tensors, options = make_inputs(**LAYOUTS["odd"], device=device)
+    for name in ("zxbcdt", "conv_state", "ssm_state", "conv_weight", "A", "norm_weight"):
+        apart = torch.full((*tensors[name].shape, 2), math.nan, device=device)[..., 0]
+        tensors[name] = apart.copy_(tensors[name])
+    check(tensors, options, backend)
+
+
+def test_a_float64_step_is_composed():
+    tensors, options = make_inputs(**LAYOUTS["ragged"])
+    tensors = {name: None if value is None else value.double() for name, value in tensors.items()}
+    y_want, conv_want, ssm_want = expected(tensors, **options)
+    y = ops.step_mixer(**tensors, **options)
+    for got, want in ((y, y_want), (tensors["conv_state"], conv_want), (tensors["ssm_state"], ssm_want)):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_explain_names_the_kernel_or_the_parts_of_a_composition():
+    tensors, options = make_inputs(**LAYOUTS["dense"])
+    before = tensors["ssm_state"].clone()
+    decisions = ops.explain(ops.step_mixer, **tensors, **options)
+    assert torch.equal(tensors["ssm_state"], before)
+    if unavailable("cpu") is None:
+        assert [(one.op, one.backend) for one in decisions] == [("step_mixer", "cpu")]
+    wide = {name: None if value is None else value.double() for name, value in tensors.items()}
+    decisions = ops.explain(ops.step_mixer, **wide, **options)
+    assert [one.op for one in decisions] == ["step_mixer", "causal_conv1d_update", "state_update", "gated_rmsnorm"]
+    assert decisions[0].backend == "composed"
+    assert {one.backend for one in decisions[1:]} == {"reference"}
+    assert "cpu" in decisions[0].rejected
+
+
+def test_a_backend_without_the_kernel_is_asked_for_its_parts():
+    tensors, options = make_inputs(**LAYOUTS["dense"])
+    with pytest.raises(ValueError, match="backend='triton' cannot run causal_conv1d_update"):
+        ops.step_mixer(**tensors, **options, backend="triton")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"zxbcdt": torch.zeros(2, 7)}, r"zxbcdt has shape \(2, 7\)"),
+    ({"ssm_state": torch.zeros(2, 5, 9, 7)}, r"ssm_state has shape \(2, 5, 9, 7\)"),
+    ({"conv_state": torch.zeros(2, 81, 2)}, r"conv_state has shape \(2, 81, 2\); accepted: .* K >= 3"),
+    ({"conv_state": torch.zeros(2, 81, 3, dtype=torch.bfloat16)}, "conv_state is torch.bfloat16; accepted"),
+    ({"D": torch.zeros(4)}, r"D has shape \(4,\); accepted: \(H,\) or \(H, P\) = \(5,\) or \(5, 9\)"),
+    ({"norm_weight": None}, "norm_weight is None and norm_segments is"),
+    ({"norm_segments": ((44, 1e-5),)}, "norm_segments is .* add up to HP = 45"),
+    ({"head_to_group": (0, 1, 2, 3, 0)}, r"head_to_group has value 3 but B has 3 groups"),
+    ({"head_to_group": torch.tensor([0, 1, 2, 3, 0])}, r"head_to_group has value 3 but B has 3 groups"),
+    ({"head_to_group": (0, 1)}, "head_to_group has 2 entries"),
+    ({"A": torch.zeros(5, dtype=torch.float64)}, "A is torch.float64 but zxbcdt is torch.float32"),
+    ({"dt_limit": (2.0, 1.0)}, "dt_limit is"),
+    ({"backend": "gpu"}, "backend is 'gpu'"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_errors_name_the_argument(change, message):
+    tensors, options = make_inputs(**LAYOUTS["ragged"])
+    before = tensors["conv_state"].clone()
+    with pytest.raises(ValueError, match=message):
+        ops.step_mixer(**{**tensors, **options, **change})
+    assert torch.equal(tensors["conv_state"], before)
+
+
+def test_a_checked_call_does_not_vouch_for_another():
+    tensors, options = make_inputs(**LAYOUTS["ragged"])
+    ops.step_mixer(**tensors, **options)
+    with pytest.raises(ValueError, match="ssm_state"):
+        ops.step_mixer(**{**tensors, "ssm_state": torch.zeros(1, 5, 9, 6)}, **options)
+    with pytest.raises(ValueError, match="zxbcdt"):
+        ops.step_mixer(**tensors, **{**options, "row_padding": 1})
+
+
+@pytest.mark.parametrize(("backend", "device"), implementations())
+def test_step_passes_opcheck(backend, device):
+    tensors, options = make_inputs(**LAYOUTS["ragged"], device=device)
+    groups = torch.tensor(options["head_to_group"], dtype=torch.int32, device=device)
+    sizes, eps = zip(*options["norm_segments"], strict=True)
+    torch.library.opcheck(torch.ops.shedder.step_mixer.default, (
+        *tensors.values(), options["ngroups"], groups, list(sizes), list(eps), False, 0.0, math.inf, backend or "auto"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["one kernel", "composed"])
+def test_step_compiles_into_one_graph(dtype):
+    tensors, options = make_inputs(**LAYOUTS["ragged"])
+    tensors = {name: None if value is None else value.to(dtype) for name, value in tensors.items()}
+    y_want, conv_want, ssm_want = expected(tensors, **options)
+
+    def step(**tensors: Tensor) -> Tensor:
+        return ops.step_mixer(**tensors, **options) * 2
+
+    y = torch.compile(step, fullgraph=True, backend="aot_eager")(**tensors)
+    torch.testing.assert_close(y.double(), y_want * 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tensors["conv_state"].double(), conv_want, rtol=0, atol=0)
+    torch.testing.assert_close(tensors["ssm_state"].double(), ssm_want, rtol=1e-5, atol=1e-6)
