@@ -137,7 +137,7 @@ BAD = [  # call, change, what the message says
     (step, {"A": rand(4, 3)}, r"A has shape \(4, 3\); accepted: \(H, P, N\)"),
     (step, {"B": rand(2, 2, 4)}, r"B has shape \(2, 2, 4\)"),
     (step, {"B": rand(2, 3, 5), "C": rand(2, 3, 5)}, "head_to_group is None"),
-    (step, {"C": rand(2, 5)}, r"C has shape \(2, 1, 5\); accepted: the shape of B"),
+    (step, {"C": rand(2, 5)}, r"C has shape \(2, 5\); accepted: the shape of B"),
     (step, {"B": rand(2, 2, 5, dtype=HALF)}, "B is torch.bfloat16 but x is torch.float32"),
     (step, {"state": torch.zeros(2, 4, 3, 5, dtype=torch.int32)}, "state is torch.int32"),
     (step, {"state": rand(2, 4, 3, 0), "A": rand(4, 3, 0)}, "is 0; accepted: 1 to 256"),

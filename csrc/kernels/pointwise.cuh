@@ -1,4 +1,4 @@
-// Conversions between the input types and fp32, 16-byte and narrower vectors of them, softplus and SiLU.
+// Conversions between the input types and fp32, softplus and SiLU.
 
 #pragma once
 
@@ -25,20 +25,49 @@ __device__ inline __half from_float<__half>(float x) { return __float2half_rn(x)
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-// kCount neighbours in memory, moved by one access.
-template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount) Vector {
-    T at[kCount];
+// A tensor of parameters, read seldom enough that its type may be found at run time.
+enum class FloatKind : int { kNone, kFloat, kHalf, kBFloat16 };
+
+struct Parameter {
+    const void *data;
+    FloatKind kind;                                          // kNone: the argument is absent
+    __device__ bool present() const { return kind != FloatKind::kNone; }
+    // use(typed pointer), unless absent: one branch, so that all loads within are on their way together.
+    template <typename Use>
+    __device__ void visit(Use use) const {
+        switch (kind) {
+            case FloatKind::kFloat: return use(static_cast<const float *>(data));
+            case FloatKind::kHalf: return use(static_cast<const __half *>(data));
+            case FloatKind::kBFloat16: return use(static_cast<const __nv_bfloat16 *>(data));
+            default: return;
+        }
+    }
+    __device__ float operator[](int64_t i) const {
+        switch (kind) {
+            case FloatKind::kFloat: return static_cast<const float *>(data)[i];
+            case FloatKind::kHalf: return to_float(static_cast<const __half *>(data)[i]);
+            case FloatKind::kBFloat16: return to_float(static_cast<const __nv_bfloat16 *>(data)[i]);
+            default: return 0.f;
+        }
+    }
 };
 
-// exp(x) to 2 ulp: ex2 alone, one multiplication in front.
-__device__ inline float fast_exp(float x) { return exp2f(x * kLog2e); }
+// 2^x in one instruction; results below 2^-126 are zero.
+__device__ inline float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // log(1 + exp(x)); log1p keeps the small values of very negative x, which log(1 + ...) rounds to zero.
 __device__ inline float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 __device__ inline float silu(float x) { return x / (1.f + expf(-x)); }
-// For fewer instructions: ex2 and a reciprocal of 1 ulp. exp(-x) overflows to infinity below -88, where the result is
-// -0 as it should be.
-__device__ inline float fast_silu(float x) { return __fdividef(x, 1.f + exp2f(-kLog2e * x)); }
+
+// The same with ex2 and a reciprocal of 1 ulp. Below -88 the exponential is infinite and the result -0.
+__device__ inline float fast_silu(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.f + fast_exp2(-kLog2e * x)));
+    return x * r;
+}
 
 }  // namespace shedder

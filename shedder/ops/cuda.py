@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 from shedder import native
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MEMORY_BOUND = ("state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm")
+_NORM_BYTES = 16384           # of one row: what a CTA holds in registers
+_NORM_SEGMENTS = 128
 
 
 def available() -> str | None:
@@ -35,6 +40,8 @@ def _runs_on(arch: str, major: int, minor: int) -> bool:
 
 def supports(op: str, **facts: Any) -> str | None:
     """None, or why this backend does not do this case. Facts it does not know are ignored."""
+    if op in _MEMORY_BOUND:
+        return _supports_memory_bound(op, facts)
     if op != "selective_scan":
         return f"the CUDA backend has no {op}"
     if facts.get("device", "cuda") != "cuda":
@@ -70,3 +77,81 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float()
+
+
+def _supports_memory_bound(op: str, facts: dict[str, Any]) -> str | None:
+    if facts.get("device", "cuda") != "cuda":
+        return f"tensors on {facts['device']}; accepted: cuda"
+    for name in ("dtype", "dt_dtype", "weight_dtype", "state_dtype"):
+        if facts.get(name) is not None and facts[name] not in _DTYPES:
+            return f"{name} {facts[name]}; accepted: float32, float16, bfloat16"
+    if not 1 <= facts.get("dstate", 1) <= 256:
+        return f"dstate {facts['dstate']}; accepted: 1..256"
+    if op.startswith("causal_conv1d") and not 1 <= facts.get("width", 1) <= 4:
+        return f"width {facts['width']}; accepted: 1..4"
+    vector = 16 // facts.get("dtype", torch.float32).itemsize
+    if op == "causal_conv1d" and facts.get("channel_last") and facts.get("channels", 0) % vector:
+        return f"{facts['channels']} channels side by side, no multiple of {vector}: Triton is faster"
+    if op == "gated_rmsnorm" and facts.get("width", 0) % vector:
+        return f"width {facts['width']}, no multiple of {vector}: Triton is faster"
+    if op == "state_update" and facts.get("batch", 1) > 8:
+        return f"a batch of {facts['batch']}: Triton is faster above 8, where its kernel and not the host sets the time"
+    if op == "gated_rmsnorm":
+        widest = _NORM_BYTES // facts.get("dtype", torch.float32).itemsize
+        if facts.get("width", 1) > widest:
+            return f"width {facts['width']}; accepted: up to {widest} for this dtype"
+        if len(facts.get("segments", ())) > _NORM_SEGMENTS:
+            return f"{len(facts['segments'])} segments; accepted: up to {_NORM_SEGMENTS}"
+    return None
+
+
+@functools.cache
+def _op(name: str) -> Callable[..., None]:
+    """torch.ops.shedder_cuda's op; looking it up takes as long as a small kernel."""
+    return getattr(torch.ops.shedder_cuda, name).default
+
+
+def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+                 z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, head_to_group: Tensor | None,
+                 state_batch_indices: Tensor | None) -> Tensor:
+    """y; updates state in place; see shedder.reference.state_update.
+
+    Mamba-1 may come without the dimension of its one head, one group without its dimension and without a map: views
+    cost host time.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _op("state_update")(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, head_to_group, state_batch_indices, y)
+    return y
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
+                  seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y, final_states); see shedder.reference.causal_conv1d."""
+    y = torch.empty_like(x)
+    final_states = torch.empty(x.shape[0], x.shape[1], weight.shape[1] - 1, dtype=x.dtype, device=x.device)
+    _op("causal_conv1d")(x, weight, bias, silu, initial_states, seq_idx, y, final_states)
+    return y, final_states
+
+
+def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,
+                         cache_seqlens: Tensor | None, conv_state_indices: Tensor | None) -> Tensor:
+    """y; updates conv_state in place; see shedder.reference.causal_conv1d_update."""
+    y = torch.empty_like(x)
+    _op("causal_conv1d_update")(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices, y)
+    return y
+
+
+def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, segments: list[int],
+                  eps: list[float], norm_before_gate: bool) -> Tensor:
+    """y; see shedder.reference.gated_rmsnorm."""
+    width = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _op("gated_rmsnorm")(_flat_rows(x), weight, bias, None if z is None else _flat_rows(z), segments, eps,
+                         norm_before_gate, y.view(-1, width))
+    return y
+
+
+def _flat_rows(t: Tensor) -> Tensor:
+    """(rows, D) with columns adjacent in memory; a copy only where they are not, or rows have no one distance."""
+    rows = t.reshape(-1, t.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

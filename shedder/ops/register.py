@@ -70,8 +70,9 @@ def register(name: str, arguments: str, returns: str, *, facts: Callable[..., Fa
     op = getattr(torch.ops.shedder, name).default
 
     def call(*args: Any) -> Any:
-        # A CPU step is short: where no gradient and no tracer wait in the dispatcher, skip its 5 us.
-        if torch.is_grad_enabled() or is_traced() or type(args[0]) is not Tensor or not args[0].is_cpu:
+        # A step is short: where no gradient and no tracer wait in the dispatcher, skip its 5 us.
+        first = args[0]
+        if torch.is_grad_enabled() or is_traced() or type(first) is not Tensor or not (first.is_cpu or first.is_cuda):
             return op(*args)
         return kernel(*args)
 

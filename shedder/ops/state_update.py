@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from shedder.ops.backend import Facts
+from shedder.ops.backend import Facts, choose, decide
 from shedder.ops.checks import (
     FLOATS,
+    INTEGERS,
     MAX_STATES,
+    OncePerLook,
     check_dtype,
     check_parameter,
     check_same_device,
     check_shape,
     check_size,
-    integers,
     parameter,
 )
 from shedder.ops.conv1d import check_slots
 from shedder.ops.group_map import GroupMap, as_group_map, check_group_map
 from shedder.ops.register import register
+from shedder.ops.tracing import is_traced
 
 
 def _facts(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
            dt_bias: Tensor | None, dt_softplus: bool, head_to_group: Tensor,
            state_batch_indices: Tensor | None) -> Facts:
-    return (("device", x.device.type), ("dtype", x.dtype), ("batch", x.shape[0]), ("length", 1),
-            ("heads", x.shape[1]), ("headdim", x.shape[2]), ("dstate", B.shape[2]), ("groups", B.shape[1]),
-            ("slots", state.shape[0]), ("state_dtype", state.dtype), ("dt_dtype", dt.dtype),
-            ("indexed", state_batch_indices is not None))
+    batch, heads, headdim = x.shape
+    return _step_facts(x, batch, heads, headdim, B.shape[2], B.shape[1], state, dt, state_batch_indices)
+
+
+def _step_facts(x: Tensor, batch: int, heads: int, headdim: int, dstate: int, groups: int, state: Tensor, dt: Tensor,
+                state_batch_indices: Tensor | None) -> Facts:
+    return (("device", x.device.type), ("dtype", x.dtype), ("batch", batch), ("length", 1), ("heads", heads),
+            ("headdim", headdim), ("dstate", dstate), ("groups", groups), ("slots", state.shape[0]),
+            ("state_dtype", state.dtype), ("dt_dtype", dt.dtype), ("indexed", state_batch_indices is not None))
 
 
 def _fake(state: Tensor, x: Tensor, *_: object) -> Tensor:
@@ -68,6 +78,37 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
     Raises:
         ValueError: naming the argument, what came, and what is accepted.
     """
+    tensors = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
+    groups, mapped, launch = _check_and_decide(tensors, backend)
+    if state_batch_indices is not None and state_batch_indices.dtype != torch.int32:
+        state_batch_indices = state_batch_indices.to(torch.int32)
+    A, D, dt_bias = parameter(A, x), parameter(D, x), parameter(dt_bias, x)
+    is_single_head = state.dim() == 3
+    unit = "channels" if is_single_head else "heads"
+    # A step is short: where no gradient and no tracer wait in the dispatcher, skip its 10 us.
+    if launch is not None and type(state) is Tensor and not torch.is_grad_enabled():
+        needed = None if groups == 1 and head_to_group is None else as_group_map(
+            "head_to_group", head_to_group, mapped, groups, x.device, unit)
+        return launch(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, needed, state_batch_indices)
+
+    B, C = (M.unsqueeze(1) if M.dim() == 2 else M for M in (B, C))
+    group_map = as_group_map("head_to_group", head_to_group, mapped, groups, x.device, unit)
+    if is_single_head:
+        y = _state_update(state.unsqueeze(1), x.unsqueeze(1), dt.unsqueeze(1), A.unsqueeze(0), B, C, _as_head(D, 0),
+                          _as_head(z, 1), _as_head(dt_bias, 0), dt_softplus, group_map, state_batch_indices,
+                          backend or "auto")
+        return y.squeeze(1)
+    if mapped == 1:                                                # one head: the op numbers its channels instead
+        group_map = group_map.expand(x.shape[2]).contiguous()
+    return _state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, group_map, state_batch_indices,
+                         backend or "auto")
+
+
+@OncePerLook
+def _check_and_decide(tensors: tuple[Any, ...],
+                      backend: str | None) -> tuple[int, int, Callable[..., Tensor] | None]:
+    """G, the number of heads [channels] that a map numbers, and the function that takes these tensors as they are."""
+    state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices = tensors
     if not isinstance(state, Tensor) or state.dim() not in (3, 4):
         raise ValueError(f"state has shape {tuple(getattr(state, 'shape', ()))}; accepted: (B or slots, D, N) or "
                          "(B or slots, H, P, N)")
@@ -80,7 +121,8 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
     if state_batch_indices is None:
         check_shape("state", state, (batch, *units, None), f"(B, {unit_letters}, N)")
     else:
-        state_batch_indices = integers("state_batch_indices", state_batch_indices, (batch,), "(B,)")
+        check_shape("state_batch_indices", state_batch_indices, (batch,), "(B,)")
+        check_dtype("state_batch_indices", state_batch_indices, INTEGERS)
     check_size("N (state.shape[-1])", dstate, 1, MAX_STATES)
     check_shape("dt", dt, (batch, *units), f"(B, {unit_letters})")
     check_shape("A", A, (*units, dstate), f"({unit_letters}, N)")
@@ -89,9 +131,9 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
             check_shape(name, optional, units, f"({unit_letters})")
     if z is not None:
         check_shape("z", z, (batch, *units), f"(B, {unit_letters})")
-    B, C = _with_groups("B", B, batch, dstate), _with_groups("C", C, batch, dstate)
-    groups = B.shape[1]
-    check_shape("C", C, tuple(B.shape), "the shape of B")
+    groups = _groups("B", B, batch, dstate)
+    if _groups("C", C, batch, dstate) != groups:
+        check_shape("C", C, tuple(B.shape), "the shape of B")
     for name, tensor in (("x", x), ("state", state)):
         check_dtype(name, tensor, FLOATS)
     check_parameter("state or x", state if state.dtype == torch.float64 else x, dt=dt, A=A, B=B, C=C, D=D, z=z,
@@ -101,28 +143,23 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
             raise ValueError(f"{name} is {own.dtype} but x is {x.dtype}; accepted: the dtype of x")
     check_same_device("state", state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
                       state_batch_indices=state_batch_indices)
-    mapped = units[0]
-    group_map = as_group_map("head_to_group", head_to_group, mapped, groups, x.device,
-                             "channels" if is_single_head else "heads")
-    if is_single_head:
-        y = _state_update(state.unsqueeze(1), x.unsqueeze(1), dt.unsqueeze(1), parameter(A, x).unsqueeze(0), B, C,
-                          _as_head(parameter(D, x), 0), _as_head(z, 1), _as_head(parameter(dt_bias, x), 0), dt_softplus,
-                          group_map, state_batch_indices, backend or "auto")
-        return y.squeeze(1)
-    if mapped == 1:                                                # one head: the op numbers its channels instead
-        group_map = group_map.expand(units[1]).contiguous()
-    return _state_update(state, x, dt, parameter(A, x), B, C, parameter(D, x), z, parameter(dt_bias, x), dt_softplus,
-                         group_map, state_batch_indices, backend or "auto")
+    if is_traced() or (units[0] == 1 and groups > 1) or B.dim() != C.dim():
+        return groups, units[0], None
+    heads, headdim = (1, units[0]) if is_single_head else units
+    facts = _step_facts(x, batch, heads, headdim, dstate, groups, state, dt, state_batch_indices)
+    takes = backend or "auto"
+    direct = decide("state_update", takes, facts).backend == "cuda"
+    return groups, units[0], choose("state_update", takes, facts) if direct else None
 
 
 def _as_head(tensor: Tensor | None, dim: int) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(dim)
 
 
-def _with_groups(name: str, tensor: Tensor, batch: int, dstate: int) -> Tensor:
-    """B or C as (B, G, N)."""
+def _groups(name: str, tensor: Tensor, batch: int, dstate: int) -> int:
+    """G of B or C."""
     if isinstance(tensor, Tensor) and tensor.dim() == 2:
         check_shape(name, tensor, (batch, dstate), "(B, N)")
-        return tensor.unsqueeze(1)
+        return 1
     check_shape(name, tensor, (batch, None, dstate), "(B, N) or (B, G, N)")
-    return tensor
+    return tensor.shape[1]

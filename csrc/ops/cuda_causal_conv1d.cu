@@ -1,0 +1,152 @@
+// Launchers of the causal convolution: checks, the choice by what is adjacent in memory, launch.
+
+#include <algorithm>
+
+#include "kernels/causal_conv1d.cuh"
+#include "kernels/causal_conv1d_update.cuh"
+#include "ops/cuda_arguments.h"
+
+namespace shedder {
+namespace {
+
+ConvStrides conv_strides(const Tensor &t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+
+CausalConv1dParams conv_params(const Arguments &arguments, const Tensor &x, const Tensor &weight,
+                               const MaybeTensor &bias, bool silu, const Tensor &y) {
+    STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "shedder_cuda::", arguments.op,
+                    " takes x (B, D, L) and weight (D, W)");
+    CausalConv1dParams p{};
+    p.batch = x.size(0);
+    p.channels = x.size(1);
+    p.length = x.size(2);
+    const int64_t width = weight.size(1);
+    STD_TORCH_CHECK(1 <= width && width <= kMaxWidth, "shedder_cuda::", arguments.op, ": W is ", width,
+                    "; accepted: 1..4");
+    p.width = static_cast<int>(width);
+    p.weight = arguments.parameter(weight, "weight", {p.channels, width});
+    p.bias = arguments.parameter(bias, "bias", {p.channels});
+    arguments.check(y, "y", x.scalar_type(), {p.batch, p.channels, p.length});
+    p.weight_channel_stride = weight.stride(0);
+    p.weight_tap_stride = weight.stride(1);
+    p.bias_stride = bias ? bias->stride(0) : 0;
+    p.x = x.const_data_ptr();
+    p.y = y.mutable_data_ptr();
+    p.x_strides = conv_strides(x);
+    p.y_strides = conv_strides(y);
+    p.silu = silu;
+    return p;
+}
+
+// Tokens that one thread walks over: 32 (the three before them are read again), fewer where that leaves SMs idle.
+int64_t steps_for(int64_t length, int64_t warps_of_a_chunk) {
+    int64_t steps = 32;
+    while (steps > 4 && (length + steps - 1) / steps * warps_of_a_chunk < 4096) steps /= 2;
+    return steps;
+}
+
+template <typename T>
+void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
+    constexpr const char *kOp = "causal_conv1d";
+    constexpr int kWarps = kConvThreads / 32;
+    constexpr int64_t size = sizeof(T);
+    const bool packed = p.seq_idx != nullptr;
+    const ConvStrides &x = p.x_strides, &y = p.y_strides;
+    const auto run = [&](auto kernel, int64_t tasks, int64_t per_block) {
+        kernel<<<blocks_for(kOp, tasks, per_block), kConvThreads, 0, stream>>>(p);
+    };
+    if (p.channels > 1 && x.channel == 1 && y.channel == 1) {
+        const int64_t tiles = (p.channels + 32 * kElements<T> - 1) / (32 * kElements<T>);
+        p.steps = static_cast<int>(steps_for(p.length, tiles * p.batch));
+        const int64_t tasks = p.batch * tiles * ((p.length + p.steps - 1) / p.steps);
+        const bool aligned = on_grid(p.x, size, {x.batch, x.time}) && on_grid(p.y, size, {y.batch, y.time});
+        if (aligned && packed) return run(causal_conv1d_channels<T, true, true>, tasks, kWarps);
+        if (aligned) return run(causal_conv1d_channels<T, true, false>, tasks, kWarps);
+        if (packed) return run(causal_conv1d_channels<T, false, true>, tasks, kWarps);
+        return run(causal_conv1d_channels<T, false, false>, tasks, kWarps);
+    }
+    if (p.length > 1 && x.time == 1 && y.time == 1) {
+        constexpr int64_t kChunk = 32 * kElements<T> * kConvVectors;
+        const int64_t tasks = p.batch * p.channels * ((p.length + kChunk - 1) / kChunk);
+        const bool aligned = on_grid(p.x, size, {x.batch, x.channel}) && on_grid(p.y, size, {y.batch, y.channel});
+        if (aligned && packed) return run(causal_conv1d_time<T, true, true>, tasks, kWarps);
+        if (aligned) return run(causal_conv1d_time<T, true, false>, tasks, kWarps);
+        if (packed) return run(causal_conv1d_time<T, false, true>, tasks, kWarps);
+        return run(causal_conv1d_time<T, false, false>, tasks, kWarps);
+    }
+    p.steps = static_cast<int>(steps_for(p.length, (p.batch * p.channels + 31) / 32));
+    run(causal_conv1d_any<T>, p.batch * p.channels * ((p.length + p.steps - 1) / p.steps), kConvThreads);
+}
+
+void causal_conv1d(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, bool silu,
+                   const MaybeTensor &initial_states, const MaybeTensor &seq_idx, Tensor y, Tensor final_states) {
+    const Arguments arguments{"causal_conv1d", x.get_device_index()};
+    CausalConv1dParams p = conv_params(arguments, x, weight, bias, silu, y);
+    const int64_t history = p.width - 1;
+    arguments.check(final_states, "final_states", x.scalar_type(), {p.batch, p.channels, history});
+    STD_TORCH_CHECK(final_states.is_contiguous(), "shedder_cuda::causal_conv1d: final_states is not contiguous");
+    p.final_states = final_states.mutable_data_ptr();
+    if (initial_states) {
+        arguments.check(*initial_states, "initial_states", x.scalar_type(), {p.batch, p.channels, history});
+        p.initial_states = history > 0 ? initial_states->const_data_ptr() : nullptr;
+        p.initial_strides = conv_strides(*initial_states);
+    }
+    p.seq_idx = arguments.integers(seq_idx, "seq_idx", {p.batch, p.length});
+    if (seq_idx) {
+        p.seq_idx_batch_stride = seq_idx->stride(0);
+        p.seq_idx_time_stride = seq_idx->stride(1);
+    }
+    STD_TORCH_CHECK(p.length > 0, "shedder_cuda::causal_conv1d: L is 0; accepted: 1 and more");
+    if (p.batch == 0 || p.channels == 0) return;
+    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
+    const cudaStream_t stream = current_stream(arguments.device);
+    with_type(arguments.op, x.scalar_type(), [&](auto *type) {
+        launch_conv<std::remove_pointer_t<decltype(type)>>(p, stream);
+    });
+    check_launch(arguments.op);
+}
+
+void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weight, const MaybeTensor &bias, bool silu,
+                          const MaybeTensor &cache_seqlens, const MaybeTensor &conv_state_indices, Tensor y) {
+    const Arguments arguments{"causal_conv1d_update", x.get_device_index()};
+    CausalConv1dUpdateParams q{};
+    q.conv = conv_params(arguments, x, weight, bias, silu, y);
+    STD_TORCH_CHECK(conv_state.dim() == 3, "shedder_cuda::causal_conv1d_update takes conv_state (slots, D, K)");
+    q.kept = conv_state.size(2);
+    arguments.check(conv_state, "conv_state", x.scalar_type(), {conv_state.size(0), q.conv.channels, q.kept});
+    STD_TORCH_CHECK(conv_state_indices || conv_state.size(0) >= q.conv.batch,
+                    "shedder_cuda::causal_conv1d_update: conv_state has ", conv_state.size(0),
+                    " slots for a batch of ", q.conv.batch);
+    STD_TORCH_CHECK(q.kept >= std::max(q.conv.width - 1, cache_seqlens ? 1 : 0),
+                    "shedder_cuda::causal_conv1d_update: conv_state keeps ", q.kept, " inputs, too few for W");
+    q.state = conv_state.mutable_data_ptr();
+    q.state_strides = conv_strides(conv_state);
+    q.seen = arguments.integers(cache_seqlens, "cache_seqlens", {q.conv.batch});
+    q.seen_stride = cache_seqlens ? cache_seqlens->stride(0) : 0;
+    q.slots = arguments.integers(conv_state_indices, "conv_state_indices", {q.conv.batch});
+    q.slots_stride = conv_state_indices ? conv_state_indices->stride(0) : 0;
+    const int64_t tasks = q.conv.batch * q.conv.channels;
+    if (tasks == 0) return;
+    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
+    const cudaStream_t stream = current_stream(arguments.device);
+    with_type(arguments.op, x.scalar_type(), [&](auto *type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        causal_conv1d_step<T>
+            <<<blocks_for(arguments.op, tasks, kConvThreads), kConvThreads, 0, stream>>>(q);
+    });
+    check_launch(arguments.op);
+}
+
+}  // namespace
+}  // namespace shedder
+
+STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {
+    m.def("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, Tensor? seq_idx, "
+          "Tensor(a!) y, Tensor(b!) final_states) -> ()");
+    m.def("causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, "
+          "Tensor? cache_seqlens, Tensor? conv_state_indices, Tensor(b!) y) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(shedder_cuda, CUDA, m) {
+    m.impl("causal_conv1d", TORCH_BOX(&shedder::causal_conv1d));
+    m.impl("causal_conv1d_update", TORCH_BOX(&shedder::causal_conv1d_update));
+}

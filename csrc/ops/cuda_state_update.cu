@@ -1,0 +1,149 @@
+// Launcher of the decode step: checks, threads for a row of states, the width of accesses, launch.
+
+#include "kernels/state_update.cuh"
+#include "ops/cuda_arguments.h"
+
+namespace shedder {
+namespace {
+
+constexpr const char *kStepOp = "state_update";
+constexpr int kStepRows = 4;
+
+// Strides of (batch or slot, head, place), of which Mamba-1 has no head.
+StepStrides step_strides(const Tensor &t, bool single_head) {
+    return single_head ? StepStrides{t.stride(0), 0, t.stride(1)}
+                       : StepStrides{t.stride(0), t.stride(1), t.stride(2)};
+}
+
+template <typename Input, typename State, int kWidth>
+void launch_step(StateUpdateParams &p, bool tied, cudaStream_t stream) {
+    p.lanes = 1;
+    while (p.lanes * kStepStates < p.dstate) p.lanes *= 2;
+    const int64_t rows = 32 / p.lanes;
+    const int64_t run = tied ? rows * kStepRows : rows;
+    const int64_t batches = tied ? p.batch : (p.batch + kStepRows - 1) / kStepRows;
+    const unsigned blocks = blocks_for(kStepOp, batches * p.heads * ((p.headdim + run - 1) / run), kStepThreads / 32);
+    if (tied)
+        state_update_step<Input, State, kWidth, kStepRows, true><<<blocks, kStepThreads, 0, stream>>>(p);
+    else
+        state_update_step<Input, State, kWidth, kStepRows, false><<<blocks, kStepThreads, 0, stream>>>(p);
+}
+
+void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
+                  const MaybeTensor &D, const MaybeTensor &z, const MaybeTensor &dt_bias, bool dt_softplus,
+                  const MaybeTensor &head_to_group, const MaybeTensor &state_batch_indices, Tensor y) {
+    const Arguments arguments{kStepOp, x.get_device_index()};
+    const bool single = state.dim() == 3;                    // Mamba-1: its channels are the places of one head
+    STD_TORCH_CHECK((single || state.dim() == 4) && x.dim() == state.dim() - 1 && A.dim() == x.dim()
+                        && (B.dim() == 2 || B.dim() == 3),
+                    "shedder_cuda::state_update takes state (slots, H, P, N), x (B, H, P), A (H, P, N), B (B, G, N), "
+                    "or the same without H; B also without G");
+    const int64_t batch = x.size(0), heads = single ? 1 : x.size(1), headdim = x.size(single ? 1 : 2);
+    const bool one_group = B.dim() == 2;
+    const int64_t groups = one_group ? 1 : B.size(1), dstate = state.size(single ? 2 : 3);
+    STD_TORCH_CHECK(1 <= dstate && dstate <= 256, "shedder_cuda::state_update: N is ", dstate, "; accepted: 1..256");
+    STD_TORCH_CHECK(headdim < (int64_t{1} << 31) - 256, "shedder_cuda::state_update: P is ", headdim,
+                    "; accepted: below 2^31");
+    STD_TORCH_CHECK(state_batch_indices || state.size(0) >= batch, "shedder_cuda::state_update: state has ",
+                    state.size(0), " slots for a batch of ", batch);
+    const ScalarType dtype = x.scalar_type();
+    StateUpdateParams p{};
+    const auto check_shapes = [&](auto rows, auto units, auto states, auto BC_shape) {
+        arguments.check(x, "x", rows);
+        arguments.check(state, "state", states);
+        arguments.check(B, "B", dtype, BC_shape);
+        arguments.check(C, "C", dtype, BC_shape);
+        arguments.check(y, "y", dtype, rows);
+        p.dt = arguments.parameter(dt, "dt", rows);
+        p.D = arguments.floats(D, "D", units);
+        p.dt_bias = arguments.floats(dt_bias, "dt_bias", units);
+        if (z) arguments.check(*z, "z", dtype, rows);
+    };
+    using Shape = std::initializer_list<int64_t>;
+    const Shape BC_flat = {batch, dstate}, BC_groups = {batch, groups, dstate};
+    const Shape flat = {batch, headdim}, by_head = {batch, heads, headdim};
+    const Shape flat_unit = {headdim}, head_unit = {heads, headdim};
+    const Shape flat_state = {state.size(0), headdim, dstate}, head_state = {state.size(0), heads, headdim, dstate};
+    const Shape flat_A = {headdim, dstate}, head_A = {heads, headdim, dstate};
+    check_shapes(single ? flat : by_head, single ? flat_unit : head_unit, single ? flat_state : head_state,
+                 one_group ? BC_flat : BC_groups);
+    p.A = arguments.floats(A, "A", single ? flat_A : head_A);
+    STD_TORCH_CHECK(y.is_contiguous(), "shedder_cuda::state_update: y is not contiguous");
+
+    p.state = state.mutable_data_ptr();
+    p.y = y.mutable_data_ptr();
+    p.x = x.const_data_ptr();
+    p.B = B.const_data_ptr();
+    p.C = C.const_data_ptr();
+    if (groups > 1) {
+        STD_TORCH_CHECK(head_to_group, "shedder_cuda::state_update: head_to_group is needed for more than one group");
+        p.group_per_place = heads == 1 && head_to_group->size(0) == headdim;
+        p.head_to_group = arguments.integers(head_to_group, "head_to_group", {p.group_per_place ? headdim : heads});
+        p.map_stride = head_to_group->stride(0);
+    }
+    p.slots = arguments.integers(state_batch_indices, "state_batch_indices", {batch});
+    p.slots_stride = state_batch_indices ? state_batch_indices->stride(0) : 0;
+    p.state_strides = step_strides(state, single);
+    p.state_n_stride = state.stride(single ? 2 : 3);
+    p.x_strides = step_strides(x, single);
+    p.dt_strides = step_strides(dt, single);
+    if (z) {
+        p.z = z->const_data_ptr();
+        p.z_strides = step_strides(*z, single);
+    }
+    p.A_strides = single ? StepStrides{0, 0, A.stride(0)} : StepStrides{0, A.stride(0), A.stride(1)};
+    p.A_n_stride = A.stride(single ? 1 : 2);
+    p.B_batch_stride = B.stride(0);
+    p.C_batch_stride = C.stride(0);
+    p.B_group_stride = one_group ? 0 : B.stride(1);
+    p.C_group_stride = one_group ? 0 : C.stride(1);
+    p.B_n_stride = B.stride(one_group ? 1 : 2);
+    p.C_n_stride = C.stride(one_group ? 1 : 2);
+    if (D) {
+        p.D_head_stride = single ? 0 : D->stride(0);
+        p.D_place_stride = D->stride(single ? 0 : 1);
+    }
+    if (dt_bias) {
+        p.bias_head_stride = single ? 0 : dt_bias->stride(0);
+        p.bias_place_stride = dt_bias->stride(single ? 0 : 1);
+    }
+    p.batch = batch;
+    p.heads = heads;
+    p.headdim = static_cast<int>(headdim);
+    p.dstate = static_cast<int>(dstate);
+    p.dt_softplus = dt_softplus;
+    if (batch * heads * headdim == 0) return;
+
+    const int64_t size = element_size(dtype), state_size = element_size(state.scalar_type());
+    const bool tied = p.A_strides.place == 0 && p.A_n_stride == 0 && p.dt_strides.place == 0
+        && p.bias_place_stride == 0 && !(p.group_per_place && groups > 1);
+    const bool wide = dstate % (16 / state_size) == 0 && p.state_n_stride == 1
+        && on_grid(p.state, state_size, {p.state_strides.batch, p.state_strides.head, p.state_strides.place});
+    p.A_vectors = p.A_n_stride == 1 && on_grid(p.A, 4, {p.A_strides.head, p.A_strides.place});
+    p.BC_vectors = p.B_n_stride == 1 && p.C_n_stride == 1 && on_grid(p.B, size, {p.B_batch_stride, p.B_group_stride})
+        && on_grid(p.C, size, {p.C_batch_stride, p.C_group_stride});
+
+    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
+    const cudaStream_t stream = current_stream(arguments.device);
+    with_type(kStepOp, dtype, [&](auto *input) {
+        with_type(kStepOp, state.scalar_type(), [&](auto *kept) {
+            using Input = std::remove_pointer_t<decltype(input)>;
+            using State = std::remove_pointer_t<decltype(kept)>;
+            if (wide) return launch_step<Input, State, 16 / sizeof(State)>(p, tied, stream);
+            launch_step<Input, State, 1>(p, tied, stream);
+        });
+    });
+    check_launch(kStepOp);
+}
+
+}  // namespace
+}  // namespace shedder
+
+STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {
+    m.def("state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+          "Tensor? dt_bias, bool dt_softplus, Tensor? head_to_group, Tensor? state_batch_indices, Tensor(b!) y) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(shedder_cuda, CUDA, m) {
+    m.impl("state_update", TORCH_BOX(&shedder::state_update));
+}
