@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "The kernel "
+POINTS = 12                                             # of the plot
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
           f"{len(dense.layers)} layers, on {_name(device)}")
 
     print(f"2. searching what to remove until {arguments.params:.0%} of the parameters are left")
-    plan = shedder.search(dense, calibration, budget={"params": arguments.params}, length=256, sequences=8, rescore=6)
+    plan = shedder.search(dense, calibration, budget={"params": arguments.params},
+                          axes=["block", "ssm", "head", "state"], bundle=0.15, rescore=3, sequences=4, length=256)
     small = shedder.compact(dense, plan)
     arguments.out.mkdir(parents=True, exist_ok=True)
     plan.to_json(arguments.out / "plan.json")
@@ -81,12 +83,13 @@ def compacted_against_masked(folder: Path, plan: shedder.Plan, tokens: torch.Ten
 
 
 def trajectory(dense: LanguageModel, plan: shedder.Plan, heldout: torch.Tensor) -> list[dict[str, float]]:
-    """Latency and held-out perplexity after each step of the search."""
+    """Latency and held-out perplexity at about a dozen points of the search, the first and the last among them."""
     points = []
-    steps = len(plan.provenance["trajectory"])
-    for step in tqdm(range(steps), desc="points of the search"):
+    last = len(plan.provenance["trajectory"]) - 1
+    steps = sorted({round(last * share / POINTS) for share in range(POINTS + 1)})
+    for step in tqdm(steps, desc="points of the search"):
         model = shedder.compact(dense, prefix(plan, step))
-        one = latency.measure(model, prompt=512, tokens=12, repeats=3)
+        one = latency.measure(model, prompt=512, tokens=24, repeats=5)
         points.append({"step": step, "params": parameter_count(model.config), "prefill_ms": one.prefill_ms,
                        "decode_ms": one.decode_ms, "perplexity": perplexity(model, heldout[:8193], length=512)})
     return points
@@ -128,7 +131,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--model", type=Path, default=HERE / "model", help="checkpoint folder (default demo/model)")
-    parser.add_argument("--params", type=float, default=0.6, help="share of the parameters to keep (default 0.6)")
+    parser.add_argument("--params", type=float, default=0.65,
+                        help="share of the parameters to keep (default 0.65)")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for what it makes (default demo/out)")
     return parser.parse_args()
 
