@@ -146,9 +146,97 @@ def test_elements_beyond_two_to_the_31_are_reached():
     assert torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
+@pytest.mark.parametrize("channels", [75, 4500, 13000])         # eight, four, two lanes to a channel
+@pytest.mark.parametrize("length", [64, 100, 101])              # rows aligned to 16 bytes, to 8, to 2
+def test_matches_the_recurrence_in_every_form_of_access(dtype, layout, channels, length):
+    case = inputs(2, channels, length, 11, dtype)
+    if layout == "channel-last":
+        for name in ("u", "delta", "z", "B", "C"):
+            case[name] = case[name].transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert_matches(case)
+
+
+@pytest.mark.parametrize("dstate", range(1, 17))
+def test_matches_the_recurrence_for_every_number_of_states_of_many_channels(dstate):
+    assert_matches(inputs(2, 13001, 35, dstate, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dstate", [3, 8, 11, 16])
+@pytest.mark.parametrize("channels", [75, 4501])
+def test_matches_the_recurrence_where_lanes_share_channels(dstate, channels):
+    assert_matches(inputs(2, channels, 70, dstate, torch.float16))
+
+
+def test_rows_may_start_anywhere():
+    case = inputs(2, 40, 40, 16, torch.bfloat16)
+    for start, name in enumerate(("u", "delta", "z", "B", "C")):
+        case[name] = case[name][..., start:start + 33]
+    assert_matches(case)
+
+
+def test_nothing_is_written_beside_the_outputs():
+    case = inputs(1, 33, 37, 16, torch.bfloat16)
+    wide = torch.full((1, 40, 43), 7.0, dtype=torch.bfloat16, device="cuda")
+    torch.ops.shedder_cuda.selective_scan(
+        case["u"], case["delta"], case["A"], case["B"], case["C"], case["D"], case["z"], case["delta_bias"], True,
+        case["initial_state"], None, None, wide[:, 3:36, 3:40], None)
+    want, _ = expected(case)
+    assert error(wide[:, 3:36, 3:40], want) < TOLERANCE[torch.bfloat16]
+    wide[:, 3:36, 3:40] = 7.0
+    assert (wide == 7.0).all()
+
+
+def test_small_steps_keep_their_value():
+    case = inputs(1, 64, 40, 16)                            # softplus(x) is exp(x) far below zero, not zero
+    case["delta_bias"] = torch.linspace(-40, 0, 64, device="cuda")
+    case |= {"D": None, "z": None, "initial_state": None}
+    for dtype in TOLERANCE:
+        cast = case | {name: case[name].to(dtype) for name in ("u", "delta", "B", "C")}
+        _, state = run(cast)
+        _, want = expected(cast)
+        assert ((state.double() - want).norm(dim=2) / want.norm(dim=2)).max() < 1e-4
+
+
+@pytest.mark.parametrize("constant", [("B",), ("C",), ("B", "C")])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_B_and_C_may_be_constant_in_time(constant, groups):
+    case = inputs(2, 45, 33, 12, torch.bfloat16, groups)
+    for name in constant:
+        case[name] = torch.randn(45, 12, device="cuda")
+    if len(constant) == 2:
+        case["channel_to_group"] = None
+    assert_matches(case)
+
+
+def test_packed_sequences_start_from_zero_and_padding_passes_the_state_by():
+    case = inputs(2, 45, 40, 12)
+    seq_idx = torch.arange(40, device="cuda", dtype=torch.int32).div(9, rounding_mode="floor").repeat(2, 1)
+    seq_idx[0, :3] = seq_idx[1, 20:25] = -1
+    case["seq_idx"] = seq_idx
+    assert_matches(case)
+
+
+def test_two_calls_agree_to_the_last_bit():
+    case = inputs(2, 700, 200, 16, torch.bfloat16)
+    for first, second in zip(run(case), run(case), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_chunked_prefill_equals_one_call():
+    case = inputs(2, 700, 200, 16)
+    want, want_state = run(case)
+    state, parts = case["initial_state"], []
+    for start in range(0, 200, 50):
+        piece = case | {name: case[name][..., start:start + 50] for name in ("u", "delta", "B", "C", "z")}
+        y, state = run(piece | {"initial_state": state})
+        parts.append(y)
+    assert error(torch.cat(parts, dim=-1), want.double()) < 1e-6
+    assert error(state, want_state.double()) < 1e-6
+
+
 def test_what_it_does_not_do_is_refused_by_name():
     case = inputs(1, 8, 4, 4)
     with pytest.raises(ValueError, match="complex A"):
         run(case | {"A": case["A"].to(torch.complex64)})
-    with pytest.raises(ValueError, match="seq_idx"):
-        run(case | {"seq_idx": torch.zeros(1, 4, dtype=torch.int32, device="cuda")})

@@ -1,16 +1,21 @@
-// Launcher of the selective scan: checks, chooses the states per thread, launches.
+// Launcher of the selective scan: checks, chooses the kernel and its lanes and states per thread, launches.
 
 #include <algorithm>
 #include <optional>
 
 #include "kernels/selective_scan_fwd.cuh"
+#include "kernels/selective_scan_tiled.cuh"
 #include "ops/cuda_common.h"
 
 namespace shedder {
 namespace {
 
 Strides3 strides3(const Tensor &t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
-Strides4 strides4(const Tensor &t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+// Of B or C: (B, G, N, L), or (D, N) where the group stands for the channel.
+Strides4 strides4(const Tensor &t) {
+    if (t.dim() == 2) return {0, t.stride(0), t.stride(1), 0};
+    return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
 
 void check(const Tensor &t, const char *name, const Tensor &like, ScalarType dtype,
            std::initializer_list<int64_t> shape) {
@@ -22,35 +27,107 @@ void check(const Tensor &t, const char *name, const Tensor &like, ScalarType dty
     STD_TORCH_CHECK(fits, "shedder_cuda::selective_scan: ", name, " has the wrong shape");
 }
 
+// ---- the general form: any group for any channel
+
 template <typename Input, int kStates, int kLanes>
-void launch(const SelectiveScanParams &p, bool one_group, cudaStream_t stream) {
+void launch_general(const SelectiveScanParams &p, cudaStream_t stream) {
     constexpr int kChannels = kScanThreads / kLanes;
     const dim3 grid((p.channels + kChannels - 1) / kChannels, p.batch);
-    if (one_group)
-        selective_scan_fwd<Input, kStates, kLanes, true><<<grid, kScanThreads, 0, stream>>>(p);
-    else
-        selective_scan_fwd<Input, kStates, kLanes, false><<<grid, kScanThreads, 0, stream>>>(p);
+    selective_scan_fwd<Input, kStates, kLanes><<<grid, kScanThreads, 0, stream>>>(p);
 }
 
 template <typename Input>
-void launch_for_dstate(const SelectiveScanParams &p, bool one_group, cudaStream_t stream) {
-    if (p.dstate <= 8) return launch<Input, 8, 1>(p, one_group, stream);
-    if (p.dstate <= 16) return launch<Input, 16, 1>(p, one_group, stream);
-    if (p.dstate <= 32) return launch<Input, 16, 2>(p, one_group, stream);
-    if (p.dstate <= 64) return launch<Input, 16, 4>(p, one_group, stream);
-    if (p.dstate <= 128) return launch<Input, 16, 8>(p, one_group, stream);
-    return launch<Input, 16, 16>(p, one_group, stream);
+void launch_general(const SelectiveScanParams &p, cudaStream_t stream) {
+    if (p.dstate <= 8) return launch_general<Input, 8, 1>(p, stream);
+    if (p.dstate <= 16) return launch_general<Input, 16, 1>(p, stream);
+    if (p.dstate <= 32) return launch_general<Input, 16, 2>(p, stream);
+    if (p.dstate <= 64) return launch_general<Input, 16, 4>(p, stream);
+    if (p.dstate <= 128) return launch_general<Input, 16, 8>(p, stream);
+    return launch_general<Input, 16, 16>(p, stream);
+}
+
+// ---- the fast form: one group
+
+template <typename Input, int kStates, int kLanes, int kChannels, int kWarps, int kMinBlocks>
+void launch_tiled(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
+    using Tile = ScanTile<kStates, kLanes, kChannels, kWarps>;
+    const auto kernel = selective_scan_tiled<Input, Tile, kMinBlocks>;
+    constexpr int kCtaChannels = Tile::kWarpChannels * kWarps;
+    if constexpr (Tile::kSharedBytes > 48 * 1024)
+        STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes)
+                        == cudaSuccess,
+                        "shedder_cuda::selective_scan: no ", Tile::kSharedBytes, " bytes of shared memory");
+    const dim3 grid((p.channels + kCtaChannels - 1) / kCtaChannels, p.batch);
+    kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p, access);
+}
+
+// Channels, batches counted, below which more lanes share one channel: they give the GPU warps enough to work on, and
+// cost instructions. Measured on an H200 with N = 16 (docs/measured-facts.md, selective scan).
+constexpr int64_t kFewChannels = 8192, kManyChannels = 24576;
+
+template <typename Input>
+void launch_tiled(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
+    if (p.dstate > 16) {
+        if (p.dstate <= 24) return launch_tiled<Input, 3, 8, 2, 4, 4>(p, access, stream);
+        if (p.dstate <= 32) return launch_tiled<Input, 4, 8, 2, 4, 4>(p, access, stream);
+        if (p.dstate <= 48) return launch_tiled<Input, 6, 8, 2, 4, 3>(p, access, stream);
+        if (p.dstate <= 64) return launch_tiled<Input, 8, 8, 2, 4, 3>(p, access, stream);
+        if (p.dstate <= 96) return launch_tiled<Input, 6, 16, 2, 4, 3>(p, access, stream);
+        if (p.dstate <= 128) return launch_tiled<Input, 8, 16, 2, 4, 2>(p, access, stream);
+        if (p.dstate <= 192) return launch_tiled<Input, 6, 32, 2, 8, 1>(p, access, stream);
+        return launch_tiled<Input, 8, 32, 2, 8, 1>(p, access, stream);
+    }
+    constexpr int kRoom = sizeof(Input) == 4 ? 3 : 5;        // CTAs per SM that the registers must leave room for
+    const int64_t channels = int64_t{p.batch} * p.channels;
+    if (channels < kFewChannels) {
+        if (p.dstate <= 8) return launch_tiled<Input, 1, 8, 1, 5, 3>(p, access, stream);
+        return launch_tiled<Input, 2, 8, 1, 5, 3>(p, access, stream);
+    }
+    if (channels < kManyChannels) {
+        if (p.dstate <= 4) return launch_tiled<Input, 1, 4, 1, 4, kRoom>(p, access, stream);
+        if (p.dstate <= 8) return launch_tiled<Input, 2, 4, 1, 4, kRoom>(p, access, stream);
+        if (p.dstate <= 12) return launch_tiled<Input, 3, 4, 1, 4, kRoom>(p, access, stream);
+        return launch_tiled<Input, 4, 4, 1, 4, kRoom>(p, access, stream);
+    }
+    switch ((p.dstate + 1) / 2) {                            // never more than one state that is not there
+        case 1: return launch_tiled<Input, 1, 2, 1, 4, kRoom>(p, access, stream);
+        case 2: return launch_tiled<Input, 2, 2, 1, 4, kRoom>(p, access, stream);
+        case 3: return launch_tiled<Input, 3, 2, 1, 4, kRoom>(p, access, stream);
+        case 4: return launch_tiled<Input, 4, 2, 1, 4, kRoom>(p, access, stream);
+        case 5: return launch_tiled<Input, 5, 2, 1, 4, kRoom>(p, access, stream);
+        case 6: return launch_tiled<Input, 6, 2, 1, 4, kRoom>(p, access, stream);
+        case 7: return launch_tiled<Input, 7, 2, 1, 4, kRoom>(p, access, stream);
+        default: return launch_tiled<Input, 8, 2, 1, 4, kRoom>(p, access, stream);
+    }
+}
+
+// How rows along time may be accessed: data and the strides of everything but time, in elements.
+Access access_of(const Tensor &t) {
+    const int64_t bytes = t.element_size(), time = t.dim() - 1;
+    if (t.stride(time) != 1) return Access::kStrided;
+    bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+    for (int64_t i = 0; i < time; ++i) aligned = aligned && (t.size(i) == 1 || t.stride(i) * bytes % 16 == 0);
+    return aligned ? Access::kVector : Access::kShifted;
+}
+
+template <typename Input>
+void launch(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
+    const bool general = p.channel_to_group != nullptr || p.seq_idx != nullptr || p.constant_B || p.constant_C;
+    if (general) launch_general<Input>(p, stream);
+    else launch_tiled<Input>(p, access, stream);
 }
 
 void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const Tensor &B, const Tensor &C,
                     const std::optional<Tensor> &D, const std::optional<Tensor> &z,
                     const std::optional<Tensor> &delta_bias, bool delta_softplus,
                     const std::optional<Tensor> &initial_state, const std::optional<Tensor> &channel_to_group,
-                    Tensor y, Tensor final_state) {
+                    const std::optional<Tensor> &seq_idx, Tensor y, std::optional<Tensor> final_state) {
     const ScalarType dtype = u.scalar_type();
-    STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2 && B.dim() == 4 && C.dim() == 4,
-                    "shedder_cuda::selective_scan takes u (B, D, L), A (D, N), B and C (B, G, N, L)");
-    const int64_t batch = u.size(0), channels = u.size(1), length = u.size(2), dstate = A.size(1), groups = B.size(1);
+    STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2 && (B.dim() == 4 || B.dim() == 2) && (C.dim() == 4 || C.dim() == 2),
+                    "shedder_cuda::selective_scan takes u (B, D, L), A (D, N), B and C (B, G, N, L) or (D, N)");
+    const int64_t batch = u.size(0), channels = u.size(1), length = u.size(2), dstate = A.size(1);
+    const bool constant_B = B.dim() == 2, constant_C = C.dim() == 2;
+    const int64_t groups = !constant_B ? B.size(1) : !constant_C ? C.size(1) : 1;
     STD_TORCH_CHECK(1 <= dstate && dstate <= 256, "shedder_cuda::selective_scan: N is ", dstate, "; accepted: 1..256");
     // Batches are the y dimension of the grid.
     STD_TORCH_CHECK(batch <= 65535, "shedder_cuda::selective_scan: batch is ", batch, "; accepted: up to 65535");
@@ -60,14 +137,17 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
                     "shedder_cuda::selective_scan: channel_to_group is needed for more than one group");
     check(delta, "delta", u, dtype, {batch, channels, length});
     check(A, "A", u, ScalarType::Float, {channels, dstate});
-    check(B, "B", u, dtype, {batch, groups, dstate, length});
-    check(C, "C", u, dtype, {batch, groups, dstate, length});
+    if (constant_B) check(B, "B", u, ScalarType::Float, {channels, dstate});
+    else check(B, "B", u, dtype, {batch, groups, dstate, length});
+    if (constant_C) check(C, "C", u, ScalarType::Float, {channels, dstate});
+    else check(C, "C", u, dtype, {batch, groups, dstate, length});
     if (D) check(*D, "D", u, ScalarType::Float, {channels});
     if (z) check(*z, "z", u, dtype, {batch, channels, length});
     if (delta_bias) check(*delta_bias, "delta_bias", u, ScalarType::Float, {channels});
     if (initial_state) {
         check(*initial_state, "initial_state", u, ScalarType::Float, {batch, channels, dstate});
-        STD_TORCH_CHECK(initial_state->is_contiguous(), "shedder_cuda::selective_scan: initial_state is not contiguous");
+        STD_TORCH_CHECK(initial_state->is_contiguous(),
+                        "shedder_cuda::selective_scan: initial_state is not contiguous");
     }
     if (channel_to_group) {
         check(*channel_to_group, "channel_to_group", u, ScalarType::Int, {channels});
@@ -75,8 +155,14 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
                         "shedder_cuda::selective_scan: channel_to_group is not contiguous");
     }
     check(y, "y", u, dtype, {batch, channels, length});
-    check(final_state, "final_state", u, ScalarType::Float, {batch, channels, dstate});
-    STD_TORCH_CHECK(final_state.is_contiguous(), "shedder_cuda::selective_scan: final_state is not contiguous");
+    if (final_state) {
+        check(*final_state, "final_state", u, ScalarType::Float, {batch, channels, dstate});
+        STD_TORCH_CHECK(final_state->is_contiguous(), "shedder_cuda::selective_scan: final_state is not contiguous");
+    }
+    if (seq_idx) {
+        check(*seq_idx, "seq_idx", u, ScalarType::Int, {batch, length});
+        STD_TORCH_CHECK(seq_idx->is_contiguous(), "shedder_cuda::selective_scan: seq_idx is not contiguous");
+    }
     if (batch == 0 || channels == 0) return;
 
     auto floats = [](const std::optional<Tensor> &t) {
@@ -93,9 +179,12 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
     p.delta_bias = floats(delta_bias);
     p.initial_state = floats(initial_state);
     p.y = y.mutable_data_ptr();
-    p.final_state = static_cast<float *>(final_state.mutable_data_ptr());
+    p.final_state = final_state ? static_cast<float *>(final_state->mutable_data_ptr()) : nullptr;
     const bool one_group = groups == 1;
     p.channel_to_group = one_group ? nullptr : static_cast<const int32_t *>(channel_to_group->const_data_ptr());
+    p.seq_idx = seq_idx ? static_cast<const int32_t *>(seq_idx->const_data_ptr()) : nullptr;
+    p.constant_B = constant_B;
+    p.constant_C = constant_C;
     p.u_strides = strides3(u);
     p.delta_strides = strides3(delta);
     if (z) p.z_strides = strides3(*z);
@@ -112,12 +201,15 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
     p.dstate = static_cast<int>(dstate);
     p.delta_softplus = delta_softplus;
 
+    const ScanAccess access{access_of(u), access_of(delta), z ? access_of(*z) : Access::kVector,
+                            access_of(y), access_of(B),     access_of(C)};
+
     const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
     const cudaStream_t stream = current_stream(u.get_device_index());
     switch (dtype) {
-        case ScalarType::Float: launch_for_dstate<float>(p, one_group, stream); break;
-        case ScalarType::Half: launch_for_dstate<__half>(p, one_group, stream); break;
-        case ScalarType::BFloat16: launch_for_dstate<__nv_bfloat16>(p, one_group, stream); break;
+        case ScalarType::Float: launch<float>(p, access, stream); break;
+        case ScalarType::Half: launch<__half>(p, access, stream); break;
+        case ScalarType::BFloat16: launch<__nv_bfloat16>(p, access, stream); break;
         default: STD_TORCH_CHECK(false, "shedder_cuda::selective_scan: u must be fp32, fp16 or bf16");
     }
     check_launch("selective_scan");
@@ -129,7 +221,7 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {
     m.def("selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
           "Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? channel_to_group, "
-          "Tensor(a!) y, Tensor(b!) final_state) -> ()");
+          "Tensor? seq_idx, Tensor(a!) y, Tensor(b!)? final_state) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shedder_cuda, CUDA, m) {

@@ -51,10 +51,8 @@ def supports(op: str, **facts: Any) -> str | None:
         return f"dtype {dtype}; accepted: float32, float16, bfloat16"
     if dstate is not None and not 1 <= dstate <= 256:
         return f"dstate {dstate}; accepted: 1..256"
-    for fact, name in (("complex", "complex A"), ("seq_idx", "seq_idx"), ("constant_B", "B constant in time"),
-                       ("constant_C", "C constant in time")):
-        if facts.get(fact):
-            return f"the CUDA selective_scan does not do {name}"
+    if facts.get("complex"):
+        return "the CUDA selective_scan does not do complex A"
     return None
 
 
@@ -62,16 +60,17 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
                    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
                    channel_to_group: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
     """(y, final_state); see shedder.reference.selective_scan."""
-    reason = supports("selective_scan", dtype=u.dtype, dstate=A.shape[1], complex=A.is_complex(),
-                      seq_idx=seq_idx is not None, constant_B=B.dim() == 2, constant_C=C.dim() == 2)
+    reason = supports("selective_scan", dtype=u.dtype, dstate=A.shape[1], complex=A.is_complex())
     if reason is not None:
         raise ValueError(reason)
     y = torch.empty_like(u)
     final_state = torch.empty(u.shape[0], u.shape[1], A.shape[1], dtype=torch.float32, device=u.device)
     torch.ops.shedder_cuda.selective_scan(
-        u, delta.to(u.dtype), A.float(), B.to(u.dtype), C.to(u.dtype), _float(D), None if z is None else z.to(u.dtype),
+        u, delta.to(u.dtype), A.float(), B.to(u.dtype if B.dim() == 4 else torch.float32),
+        C.to(u.dtype if C.dim() == 4 else torch.float32), _float(D), None if z is None else z.to(u.dtype),
         _float(delta_bias), delta_softplus, None if initial_state is None else initial_state.float().contiguous(),
-        None if channel_to_group is None else channel_to_group.to(torch.int32).contiguous(), y, final_state)
+        None if channel_to_group is None else channel_to_group.to(torch.int32).contiguous(),
+        None if seq_idx is None else seq_idx.to(torch.int32).contiguous(), y, final_state)
     return y, final_state
 
 
