@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shedder import native
+from shedder.triton_kernels.packed import sequence_runs
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MEMORY_BOUND = ("state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm")
@@ -42,6 +43,8 @@ def supports(op: str, **facts: Any) -> str | None:
     """None, or why this backend does not do this case. Facts it does not know are ignored."""
     if op in _MEMORY_BOUND:
         return _supports_memory_bound(op, facts)
+    if op == "ssd":
+        return _supports_ssd(**facts)
     if op != "selective_scan":
         return f"the CUDA backend has no {op}"
     if facts.get("device", "cuda") != "cuda":
@@ -72,6 +75,48 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         None if channel_to_group is None else channel_to_group.to(torch.int32).contiguous(),
         None if seq_idx is None else seq_idx.to(torch.int32).contiguous(), y, final_state)
     return y, final_state
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
+        initial_states: Tensor | None, seq_idx: Tensor | None, *, heads_per_cta: int = 0, segments: int = 0,
+        ) -> tuple[Tensor, Tensor]:
+    """(y, final_states); see shedder.reference.ssd. heads_per_cta and segments: 0 lets the launcher choose."""
+    reason = _supports_ssd(dtype=x.dtype, dstate=B.shape[-1], headdim=x.shape[-1])
+    if reason is not None:
+        raise ValueError(reason)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    final_states = torch.empty(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32, device=x.device)
+    if dt.dtype != x.dtype:
+        dt = dt.float()
+    torch.ops.shedder_cuda.ssd(
+        _rows(x, x.dtype), dt, A.float(), _rows(B, x.dtype), _rows(C, x.dtype), _float(D),
+        None if z is None else _rows(z, x.dtype), _float(dt_bias), dt_softplus, dt_min, dt_max,
+        head_to_group.to(torch.int32).contiguous(),
+        None if initial_states is None else initial_states.float().contiguous(),
+        None if seq_idx is None else sequence_runs(seq_idx), y, final_states, heads_per_cta, segments)
+    return y, final_states
+
+
+def _supports_ssd(device: str = "cuda", dtype: torch.dtype | None = None, dstate: int = 1, headdim: int = 1,
+                  **_: Any) -> str | None:
+    if device != "cuda":
+        return f"tensors on {device}; accepted: cuda"
+    if dtype is not None and dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {dtype}; the CUDA ssd accepts float16, bfloat16"
+    if not 1 <= dstate <= 256:
+        return f"dstate {dstate}; accepted: 1..256"
+    if not 1 <= headdim <= 1024:
+        return f"headdim {headdim}; accepted: 1..1024"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+        return "the CUDA ssd is written for compute capability 9.0 (Hopper)"
+    return None
+
+
+def _rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in `dtype`, its last dimension contiguous in memory."""
+    t = t.to(dtype)
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _float(t: Tensor | None) -> Tensor | None:

@@ -1,0 +1,167 @@
+// The tensor core of Hopper, as SSD uses it: wgmma with 16-bit operands and fp32 sums, tiles of 64 rows of 128 bytes
+// in the 128-byte swizzle, asynchronous copies into them, and fragments moved between registers and shared memory.
+//
+// One tile serves both ways round: rows as the reduced dimension ("transposed", MN-major) or as the other (K-major).
+
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace shedder {
+
+constexpr int kTileRows = 64;
+constexpr int kTileBytes = kTileRows * 128;               // 64 columns of 16 bits; wider operands take several tiles
+
+// Byte of a tile (or of a row of tiles, for byte >= 128) at which byte `byte` of row `row` lies.
+__device__ __forceinline__ uint32_t tile_offset(int row, int byte) {
+    return (byte >> 7) * kTileBytes + row * 128 + (((byte >> 4 & 7) ^ (row & 7)) << 4) + (byte & 15);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Descriptor of an operand that starts at a shared address: 128-byte swizzle, 1024 bytes from one 8 rows to the next.
+// Not wider than one tile along the swizzled dimension, so the leading offset is never used.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+    return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving uses of these registers across.
+template <int kCount>
+__device__ __forceinline__ void pin(float (&r)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
+}
+
+#define SHEDDER_R8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
+#define SHEDDER_R0 SHEDDER_R8(0, 1, 2, 3, 4, 5, 6, 7)
+#define SHEDDER_R1 SHEDDER_R8(8, 9, 10, 11, 12, 13, 14, 15)
+#define SHEDDER_R2 SHEDDER_R8(16, 17, 18, 19, 20, 21, 22, 23)
+#define SHEDDER_R3 SHEDDER_R8(24, 25, 26, 27, 28, 29, 30, 31)
+#define SHEDDER_OUT8(d, i)                                                                                         \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),    \
+        "+f"(d[i + 7])
+
+// d (64 x N) = A B + (accumulate ? d : 0); A (64 x 16) in registers, B (16 x N) in shared memory.
+#define SHEDDER_WGMMA_RS(TYPE, N, SUMS, A, FLAG, B, TRANSPOSED, ...)                                               \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG ", 0;\n"                                                \
+                 "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE                                    \
+                 " {" SUMS "}, {" A "}, " B ", p, 1, 1, " TRANSPOSED ";\n}"                                        \
+                 : __VA_ARGS__                                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(static_cast<int>(accumulate)), "l"(b),          \
+                   "n"(kTransposed))
+
+template <typename T, int kN, int kTransposed>
+__device__ __forceinline__ void wgmma_rs(float *d, const uint32_t *a, uint64_t b, bool accumulate) {
+    static_assert(kN == 16 || kN == 32 || kN == 48 || kN == 64, "columns of one wgmma");
+#define SHEDDER_BY_WIDTH(TYPE)                                                                                     \
+    if constexpr (kN == 64)                                                                                        \
+        SHEDDER_WGMMA_RS(TYPE, "64", SHEDDER_R0 "," SHEDDER_R1 "," SHEDDER_R2 "," SHEDDER_R3, "%32,%33,%34,%35",   \
+                         "%36", "%37", "%38", SHEDDER_OUT8(d, 0), SHEDDER_OUT8(d, 8), SHEDDER_OUT8(d, 16),         \
+                         SHEDDER_OUT8(d, 24));                                                                     \
+    else if constexpr (kN == 48)                                                                                   \
+        SHEDDER_WGMMA_RS(TYPE, "48", SHEDDER_R0 "," SHEDDER_R1 "," SHEDDER_R2, "%24,%25,%26,%27", "%28", "%29",    \
+                         "%30", SHEDDER_OUT8(d, 0), SHEDDER_OUT8(d, 8), SHEDDER_OUT8(d, 16));                      \
+    else if constexpr (kN == 32)                                                                                   \
+        SHEDDER_WGMMA_RS(TYPE, "32", SHEDDER_R0 "," SHEDDER_R1, "%16,%17,%18,%19", "%20", "%21", "%22",            \
+                         SHEDDER_OUT8(d, 0), SHEDDER_OUT8(d, 8));                                                  \
+    else                                                                                                           \
+        SHEDDER_WGMMA_RS(TYPE, "16", SHEDDER_R0, "%8,%9,%10,%11", "%12", "%13", "%14", SHEDDER_OUT8(d, 0))
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        SHEDDER_BY_WIDTH("bf16");
+    } else {
+        SHEDDER_BY_WIDTH("f16");
+    }
+}
+
+// d (64 x 64) = A B^T (+ d), both K-major in shared memory.
+#define SHEDDER_WGMMA_SS(TYPE)                                                                                     \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "."  \
+                 TYPE " {" SHEDDER_R0 "," SHEDDER_R1 "," SHEDDER_R2 "," SHEDDER_R3 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
+                 : SHEDDER_OUT8(d, 0), SHEDDER_OUT8(d, 8), SHEDDER_OUT8(d, 16), SHEDDER_OUT8(d, 24)                \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+
+template <typename T>
+__device__ __forceinline__ void wgmma_ss(float *d, uint64_t a, uint64_t b, bool accumulate) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        SHEDDER_WGMMA_SS("bf16");
+    } else {
+        SHEDDER_WGMMA_SS("f16");
+    }
+}
+
+#undef SHEDDER_WGMMA_SS
+#undef SHEDDER_WGMMA_RS
+#undef SHEDDER_BY_WIDTH
+
+// kBytes of global memory to shared memory, of which those beyond `valid` are zero and not read.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t to, const char *from, int valid) {
+    if constexpr (kBytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(valid)
+                     : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
+// What these threads wrote to shared memory is seen by wgmma after the next barrier.
+__device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void warpgroup_barrier(int id) {
+    asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+}
+
+// Four 8 x 8 blocks; lane l gives the address of row l % 8 of block l / 8.
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+        return reinterpret_cast<const uint32_t &>(v);
+    } else {
+        const __half2 v = __floats2half2_rn(low, high);
+        return reinterpret_cast<const uint32_t &>(v);
+    }
+}
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t v) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
+    else
+        return __half22float2(reinterpret_cast<const __half2 &>(v));
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+}  // namespace shedder

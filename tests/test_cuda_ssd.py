@@ -1,0 +1,171 @@
+"""The CUDA SSD against the recurrence: odd sizes, odd views, ragged groups, packed rows, poisoned outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shedder import reference
+from shedder.ops import cuda
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(cuda.available() is not None, reason=f"no CUDA backend: {cuda.available()}"),
+    pytest.mark.skipif(cuda.supports("ssd") is not None, reason=f"no CUDA ssd: {cuda.supports('ssd')}"),
+]
+
+# RMS error over RMS of the result: operands of the products and the output are rounded to 8 and 11 bits.
+TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
+VARIANTS = [(1, 1), (3, 1), (3, 2)]                         # heads in a CTA, segments of the sequence
+
+
+def inputs(batch=2, length=130, heads=7, headdim=64, dstate=128, dtype=torch.bfloat16, *, groups=None, odd=False,
+           z=False, initial=False, packed=False, channel_D=False, limit=(0.0, float("inf")), seed=0):
+    """groups: the group of each head. odd: views that start at an odd element of rows surrounded by NaN."""
+    make = torch.Generator("cuda").manual_seed(seed)
+
+    def random(*shape, dtype=torch.float32):
+        values = torch.randn(*shape, device="cuda", generator=make).to(dtype)
+        if not odd or dtype == torch.float32:
+            return values
+        view = torch.full((*shape[:-1], shape[-1] + 3), torch.nan, dtype=dtype, device="cuda")[..., 1:1 + shape[-1]]
+        return view.copy_(values)
+
+    groups = [0] * heads if groups is None else groups
+    seq_idx = None
+    if packed:
+        seq_idx = (torch.rand(batch, length, device="cuda", generator=make) < 0.02).cumsum(1).int()
+        seq_idx[torch.rand(batch, length, device="cuda", generator=make) < 0.1] = -1
+    B, C = (random(batch, length, max(groups) + 1, dstate, dtype=dtype) for _ in "BC")
+    return {
+        "x": random(batch, length, heads, headdim, dtype=dtype), "dt": random(batch, length, heads, dtype=dtype),
+        "A": -torch.exp2(torch.rand(heads, device="cuda", generator=make) * 6 - 2), "B": B, "C": C,
+        "D": random(heads, headdim) if channel_D else random(heads),
+        "z": random(batch, length, heads, headdim, dtype=dtype) if z else None,
+        "dt_bias": random(heads) - 2, "dt_softplus": True, "dt_min": limit[0], "dt_max": limit[1],
+        "head_to_group": torch.tensor(groups, dtype=torch.int32, device="cuda"),
+        "initial_states": random(batch, heads, headdim, dstate) if initial else None, "seq_idx": seq_idx,
+    }
+
+
+def error(got, want):
+    return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
+
+
+def run(case, heads_per_cta=0, segments=0):
+    return cuda.ssd(*case.values(), heads_per_cta=heads_per_cta, segments=segments)
+
+
+def assert_matches(case, *variant):
+    y, final = run(case, *variant)
+    double = {name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+              for name, value in case.items()}
+    limit = double.pop("dt_min"), double.pop("dt_max")
+    want_y, want_final = reference.ssd(**double, dt_limit=limit)
+    assert y.dtype == case["x"].dtype and y.is_contiguous() and final.dtype == torch.float32
+    assert error(y, want_y) < TOLERANCE[y.dtype]
+    assert error(final, want_final) < TOLERANCE[y.dtype]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Every float tensor that the backend allocates starts as NaN, so that an element nobody writes shows."""
+    allocate = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (60, 100), (61, 101), (56, 104), (48, 96), (13, 5),
+                                                 (32, 64), (1, 1), (64, 80), (8, 17)])
+def test_matches_the_recurrence_at_any_size(headdim, dstate, variant):
+    assert_matches(inputs(length=600, headdim=headdim, dstate=dstate), *variant)
+
+
+@pytest.mark.parametrize(("headdim", "dstate"), [(100, 32), (128, 128), (64, 256), (61, 131), (256, 192)])
+def test_wide_heads_and_many_states(headdim, dstate):
+    assert_matches(inputs(heads=3, headdim=headdim, dstate=dstate, initial=True, channel_D=True))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 2047])
+@pytest.mark.parametrize("heads", [1, 41, 75])
+def test_matches_the_recurrence_for_any_length_and_number_of_heads(length, heads):
+    assert_matches(inputs(1, length, heads, 61, 101))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (13, 12)])
+def test_views_at_odd_elements_and_every_extra(headdim, dstate, dtype, variant):
+    assert_matches(inputs(length=333, headdim=headdim, dstate=dstate, dtype=dtype, odd=True, z=True, initial=True,
+                          packed=True, channel_D=True, limit=(0.05, 0.4)), *variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("groups", [[0, 0, 0, 0, 1, 1, 1, 1], [3, 0, 2, 0, 0, 2, 2, 3, 0, 2, 0], list(range(8)),
+                                    [1, 1, 1]])
+def test_heads_read_any_group(groups, variant):
+    assert_matches(inputs(length=520, heads=len(groups), headdim=56, dstate=104, groups=groups), *variant)
+
+
+def test_a_strong_decay_costs_later_tokens_no_digits():
+    case = inputs(length=256)
+    case["dt"][:, 5::64] = 60.0
+    case["A"] = case["A"] * 8
+    assert_matches(case)
+
+
+def test_optional_arguments_may_be_absent():
+    case = inputs() | {"D": None, "dt_bias": None}
+    assert_matches(case)
+
+
+def test_strides_are_arbitrary():
+    case = inputs(heads=4, headdim=24, dstate=20)
+    case["x"] = case["x"].permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    case["B"] = case["B"].transpose(1, 3).contiguous().transpose(1, 3)
+    case["dt"] = case["dt"].float()
+    assert_matches(case)
+
+
+def test_runs_on_the_current_stream_and_in_a_graph():
+    case = inputs(length=1500)
+    graph = torch.cuda.CUDAGraph()
+    want, _ = run(case, 3, 3)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):                           # capture happens on a side stream
+        y, _ = run(case, 3, 3)
+    for _ in range(3):                                      # tickets start at zero each time
+        y.fill_(torch.nan)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, want)
+
+
+def test_segments_change_nothing():
+    case = inputs(4, 2048, 80)
+    want = run(case, 3, 1)
+    for segments in (2, 5, 8):
+        got = run(case, 3, segments)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_elements_beyond_two_to_the_31_are_reached():
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of free GPU memory")
+    case = inputs(1, 96, 2, 64, 64)
+    wide = torch.zeros(96, 2**31 // 60, dtype=torch.bfloat16, device="cuda")        # time stride times 60 is 2^31
+    wide[:, :128] = case["x"].flatten(0, 1).flatten(1)
+    want = run(case)
+    got = run(case | {"x": wide[:, :128].unflatten(1, (2, 64))[None]})
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_what_it_does_not_do_is_refused_by_name():
+    case = inputs(1, 8, 2, 8, 8)
+    with pytest.raises(ValueError, match="float32"):
+        run(case | {"x": case["x"].float()})
