@@ -61,7 +61,7 @@ void launch(SsdParams &p, int batch, int segments, const Tensor &like, cudaStrea
     using Shared = SsdShared<kStates16, kHeads>;
     constexpr int kPerProcessor = kHeads == 1 && kStates16 <= 8 ? 2 : 1;
     const auto kernel = ssd_fwd<Input, kStates16, kHeads>;
-    static const cudaError_t allowed =
+    const cudaError_t allowed =                              // of this device; each time, since it costs little
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes);
     STD_TORCH_CHECK(allowed == cudaSuccess, "shedder_cuda::ssd: ", cudaGetErrorString(allowed));
 
