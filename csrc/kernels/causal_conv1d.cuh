@@ -2,12 +2,13 @@
 //
 //   y[c,t] = act(bias[c] + sum_w weight[c,w] x[c, t - (W-1) + w])
 //
-// causal_conv1d_channels: channels adjacent in memory. A lane owns 16 bytes of channels and walks along time with the
-//   last three inputs in registers, so that x is read once.
+// causal_conv1d_channels: channels adjacent in memory. A lane owns four channels and walks along time with the last three
+//   inputs in registers, so that x is read once. (Eight channels would be 16 bytes of bf16, but taps and history take
+//   166 registers then, and occupancy costs more than the wider access gains.)
 // causal_conv1d_time: time adjacent in memory. A lane owns kVectors times 16 bytes of time; the three inputs before them
 //   come from its neighbour.
 // causal_conv1d_any: any strides, one thread for each channel.
-// Bound: bytes of x and y. Rows that start off the 16-byte grid are shifted in registers (row_vectors.cuh).
+// Bound: bytes of x and y. Rows that start off the grid are shifted in registers (row_vectors.cuh).
 
 #pragma once
 
@@ -27,7 +28,9 @@ struct CausalConv1dParams {
     const int32_t *seq_idx;                                  // null: one sequence in each row
     ConvStrides x_strides, y_strides, initial_strides;
     int64_t weight_channel_stride, weight_tap_stride, bias_stride, seq_idx_batch_stride, seq_idx_time_stride;
-    int64_t batch, channels, length;
+    int64_t batch;
+    int channels, length;
+    const void *x_end;                                       // beyond the last element of x
     int width, steps;                                        // steps: tokens that one thread walks over
     bool silu;
 };
@@ -35,6 +38,7 @@ struct CausalConv1dParams {
 constexpr int kConvThreads = 128;
 constexpr int kMaxWidth = 4;
 constexpr int kHistory = kMaxWidth - 1;                      // inputs t-3, t-2, t-1
+constexpr int kLaneChannels = 4;                             // of causal_conv1d_channels
 constexpr int kConvVectors = 4;                              // of causal_conv1d_time: 64 bytes in flight for each lane
 
 // The taps of kCount channels from c on, the newest last (a narrower filter leaves the first ones 0), and their biases.
@@ -100,68 +104,72 @@ __device__ inline float conv_output(const CausalConv1dParams &p, const float (&w
     return y;
 }
 
-// 168 registers hold it: 3 CTAs. The next kUnroll tokens are on their way while these are computed.
+// The next kUnroll tokens are on their way while these are computed.
 template <typename T, bool kAligned, bool kPacked>
-__global__ void __launch_bounds__(kConvThreads, kPacked ? 2 : 3) causal_conv1d_channels(CausalConv1dParams p) {
-    constexpr int kCount = kElements<T>;
+__global__ void __launch_bounds__(kConvThreads) causal_conv1d_channels(const __grid_constant__ CausalConv1dParams p) {
+    constexpr int kCount = kLaneChannels;
     constexpr int kUnroll = 4;
     const int lane = threadIdx.x % 32;
-    const int64_t tiles = (p.channels + 32 * kCount - 1) / (32 * kCount);
-    const int64_t chunks = (p.length + p.steps - 1) / p.steps;
-    int64_t task = blockIdx.x * int64_t{kConvThreads / 32} + threadIdx.x / 32;
-    const int64_t c = task % tiles * 32 * kCount + lane * kCount;
+    const unsigned tiles = (p.channels + 32 * kCount - 1) / (32 * kCount);
+    const unsigned chunks = (p.length + p.steps - 1) / p.steps;
+    unsigned task = blockIdx.x * (kConvThreads / 32) + threadIdx.x / 32;
+    const int c = static_cast<int>(task % tiles) * 32 * kCount + lane * kCount;
     task /= tiles;
-    const int64_t start = task % chunks * p.steps;
+    const int start = static_cast<int>(task % chunks) * p.steps;
     const int64_t b = task / chunks;
     if (b >= p.batch) return;                                // the whole warp
-    const int64_t end = min(start + p.steps, p.length);
-
-    float taps[kMaxWidth][kCount], bias[kCount], history[kHistory][kCount];
-    int names[kMaxWidth] = {};
-    load_conv_taps(p, c, taps, bias);
+    const int end = min(start + p.steps, p.length);
     const T *x = static_cast<const T *>(p.x) + b * p.x_strides.batch;
     T *y = static_cast<T *>(p.y) + b * p.y_strides.batch;
+    const T *x_end = static_cast<const T *>(p.x_end);
+    const auto x_row = [&](int t) { return x + t * p.x_strides.time; };
+
+    RowVector<T, kCount, kAligned> next[kUnroll], past[kHistory];
+    int next_names[kUnroll] = {}, names[kMaxWidth] = {};
+    const auto fetch = [&](int t) {
+#pragma unroll
+        for (int s = 0; s < kUnroll; ++s) {
+            if (t + s >= end) break;
+            next[s].fetch(x_row(t + s), c, p.channels, x_end);
+            if constexpr (kPacked) next_names[s] = conv_sequence(p, b, t + s);
+        }
+    };
+    fetch(start);
 #pragma unroll
     for (int k = 0; k < kHistory; ++k) {
-        const int64_t t = start - kHistory + k;
+        const int t = start - kHistory + k;
+        if (t >= 0) past[k].fetch(x_row(t), c, p.channels, x_end);
+        if constexpr (kPacked) names[k] = conv_sequence(p, b, t);
+    }
+    float taps[kMaxWidth][kCount], bias[kCount], history[kHistory][kCount];
+    load_conv_taps(p, c, taps, bias);
+#pragma unroll
+    for (int k = 0; k < kHistory; ++k) {
+        const int t = start - kHistory + k;
         if (t >= 0) {
-            const Packed<T> v = load_row_vector<T, kAligned>(x + t * p.x_strides.time, c, p.channels);
+            const Packed<T, kCount> v = past[k].get(x_row(t), c, p.channels);
 #pragma unroll
             for (int i = 0; i < kCount; ++i) history[k][i] = to_float(v.at[i]);
         } else {
 #pragma unroll
             for (int i = 0; i < kCount; ++i) history[k][i] = c + i < p.channels ? conv_input<T>(p, b, c + i, t) : 0.f;
         }
-        if constexpr (kPacked) names[k] = conv_sequence(p, b, t);
     }
 
-    Packed<T> next[kUnroll];
-    int next_names[kUnroll] = {};
-    const auto load = [&](int64_t t) {
-#pragma unroll
-        for (int s = 0; s < kUnroll; ++s) {
-            if (t + s >= end) break;
-            next[s] = load_row_vector<T, kAligned>(x + (t + s) * p.x_strides.time, c, p.channels);
-            if constexpr (kPacked) next_names[s] = conv_sequence(p, b, t + s);
-        }
-    };
-    load(start);
-    for (int64_t t = start; t < end; t += kUnroll) {
-        Packed<T> inputs[kUnroll];
+    for (int t = start; t < end; t += kUnroll) {
+        Packed<T, kCount> inputs[kUnroll];
         int new_names[kUnroll];
 #pragma unroll
         for (int s = 0; s < kUnroll; ++s) {
-            inputs[s] = next[s];
+            inputs[s] = next[s].get(x_row(t + s), c, p.channels);
             new_names[s] = next_names[s];
         }
-        load(t + kUnroll);
+        fetch(t + kUnroll);
 #pragma unroll
         for (int s = 0; s < kUnroll; ++s) {
             if (t + s >= end) break;
-            Packed<T> outputs;
+            Packed<T, kCount> outputs;
             names[kHistory] = new_names[s];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(inputs[s].word[i]));      // converted here, not before
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
                 const float newest = to_float(inputs[s].at[i]);
@@ -174,7 +182,7 @@ __global__ void __launch_bounds__(kConvThreads, kPacked ? 2 : 3) causal_conv1d_c
             }
 #pragma unroll
             for (int k = 0; k < kHistory; ++k) names[k] = names[k + 1];
-            store_row_vector<T, kAligned>(y + (t + s) * p.y_strides.time, c, p.channels, outputs);
+            store_row_vector<kAligned>(y + (t + s) * p.y_strides.time, c, p.channels, outputs);
         }
     }
 
@@ -194,27 +202,27 @@ __global__ void __launch_bounds__(kConvThreads, kPacked ? 2 : 3) causal_conv1d_c
 }
 
 template <typename T, bool kAligned, bool kPacked>
-__global__ void __launch_bounds__(kConvThreads) causal_conv1d_time(CausalConv1dParams p) {
-    constexpr int kCount = kElements<T>;
+__global__ void __launch_bounds__(kConvThreads) causal_conv1d_time(const __grid_constant__ CausalConv1dParams p) {
+    constexpr int kCount = 16 / sizeof(T);
     constexpr int kSpan = 32 * kCount;                       // tokens that the warp moves by one access
     constexpr int kEdge = sizeof(T) == 4 ? 1 : 2;            // the first word with a part of the inputs t-3 .. t-1
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x % 32;
-    const int64_t chunks = (p.length + kSpan * kConvVectors - 1) / (kSpan * kConvVectors);
-    int64_t task = blockIdx.x * int64_t{kConvThreads / 32} + threadIdx.x / 32;
-    const int64_t start = task % chunks * kSpan * kConvVectors;
+    const unsigned chunks = (p.length + kSpan * kConvVectors - 1) / (kSpan * kConvVectors);
+    unsigned task = blockIdx.x * (kConvThreads / 32) + threadIdx.x / 32;
+    const int start = static_cast<int>(task % chunks) * kSpan * kConvVectors;
     task /= chunks;
-    const int64_t c = task % p.channels;
+    const int c = static_cast<int>(task % p.channels);
     const int64_t b = task / p.channels;
     if (b >= p.batch) return;
     const T *x = static_cast<const T *>(p.x) + b * p.x_strides.batch + c * p.x_strides.channel;
     T *y = static_cast<T *>(p.y) + b * p.y_strides.batch + c * p.y_strides.channel;
 
-    Packed<T> inputs[kConvVectors];
+    RowVector<T, kCount, kAligned> fetched[kConvVectors];
 #pragma unroll
     for (int v = 0; v < kConvVectors; ++v)
         if (start + v * kSpan < p.length)
-            inputs[v] = load_row_vector<T, kAligned>(x, start + v * kSpan + lane * kCount, p.length);
+            fetched[v].fetch(x, start + v * kSpan + lane * kCount, p.length, static_cast<const T *>(p.x_end));
     float before[kHistory] = {};                             // of the warp's first token
     if (lane == 0) {
 #pragma unroll
@@ -224,40 +232,43 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_time(CausalConv1dP
     load_conv_taps(p, c, taps, bias);
     const float tap[kMaxWidth] = {taps[0][0], taps[1][0], taps[2][0], taps[3][0]};
 
+    Packed<T, kCount> previous;
 #pragma unroll
     for (int v = 0; v < kConvVectors; ++v) {
-        const int64_t first = start + v * kSpan;
+        const int first = start + v * kSpan;
         if (first >= p.length) break;
-        const int64_t t = first + lane * kCount;
-        Packed<T> left;                                      // the neighbour's vector, of which the end is wanted
+        const int t = first + lane * kCount;
+        const Packed<T, kCount> inputs = fetched[v].get(x, t, p.length);
+        Packed<T, kCount> left;                              // the neighbour's vector, of which the end is wanted
 #pragma unroll
         for (int i = kEdge; i < 4; ++i) {
-            left.word[i] = __shfl_up_sync(kAll, inputs[v].word[i], 1);
+            left.word[i] = __shfl_up_sync(kAll, inputs.word[i], 1);
             if (v > 0) {
-                const uint32_t last = __shfl_sync(kAll, inputs[v > 0 ? v - 1 : 0].word[i], 31);
+                const uint32_t last = __shfl_sync(kAll, previous.word[i], 31);
                 if (lane == 0) left.word[i] = last;
             }
         }
+        previous = inputs;
         float row[kHistory + kCount];
         int names[kHistory + kCount] = {};
 #pragma unroll
         for (int k = 0; k < kHistory; ++k)
             row[k] = v == 0 && lane == 0 ? before[k] : to_float(left.at[kCount - kHistory + k]);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) row[kHistory + i] = to_float(inputs[v].at[i]);
+        for (int i = 0; i < kCount; ++i) row[kHistory + i] = to_float(inputs.at[i]);
         if constexpr (kPacked) {
 #pragma unroll
             for (int i = 0; i < kHistory + kCount; ++i)
                 names[i] = t - kHistory + i < p.length ? conv_sequence(p, b, t - kHistory + i) : -1;
         }
-        Packed<T> outputs;
+        Packed<T, kCount> outputs;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             const float window[kMaxWidth] = {row[i], row[i + 1], row[i + 2], row[i + 3]};
             const int named[kMaxWidth] = {names[i], names[i + 1], names[i + 2], names[i + 3]};
             outputs.at[i] = from_float<T>(conv_output<kPacked>(p, window, tap, bias[0], named));
         }
-        store_row_vector<T, kAligned>(y, t, p.length, outputs);
+        store_row_vector<kAligned>(y, t, p.length, outputs);
     }
 
     if (start + kSpan * kConvVectors >= p.length && lane < p.width - 1)
@@ -266,15 +277,15 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_time(CausalConv1dP
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kConvThreads) causal_conv1d_any(CausalConv1dParams p) {
-    const int64_t chunks = (p.length + p.steps - 1) / p.steps;
-    int64_t task = blockIdx.x * int64_t{kConvThreads} + threadIdx.x;
-    const int64_t c = task % p.channels;
+__global__ void __launch_bounds__(kConvThreads) causal_conv1d_any(const __grid_constant__ CausalConv1dParams p) {
+    const unsigned chunks = (p.length + p.steps - 1) / p.steps;
+    unsigned task = blockIdx.x * kConvThreads + threadIdx.x;
+    const int c = static_cast<int>(task % p.channels);
     task /= p.channels;
-    const int64_t start = task % chunks * p.steps;
+    const int start = static_cast<int>(task % chunks) * p.steps;
     const int64_t b = task / chunks;
     if (b >= p.batch) return;
-    const int64_t end = min(start + p.steps, p.length);
+    const int end = min(start + p.steps, p.length);
     float taps[kMaxWidth][1], bias[1], window[kMaxWidth] = {};
     int names[kMaxWidth] = {};
     const bool packed = p.seq_idx != nullptr;
@@ -286,7 +297,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_any(CausalConv1dPa
         if (packed) names[k + 1] = conv_sequence(p, b, start - kHistory + k);
     }
     T *y = static_cast<T *>(p.y) + b * p.y_strides.batch + c * p.y_strides.channel;
-    for (int64_t t = start; t < end; ++t) {
+    for (int t = start; t < end; ++t) {
 #pragma unroll
         for (int k = 0; k < kHistory; ++k) {
             window[k] = window[k + 1];

@@ -18,16 +18,16 @@ struct CausalConv1dUpdateParams {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kConvThreads) causal_conv1d_step(CausalConv1dUpdateParams q) {
+__global__ void __launch_bounds__(kConvThreads) causal_conv1d_step(const __grid_constant__ CausalConv1dUpdateParams q) {
     const CausalConv1dParams &p = q.conv;
-    const int64_t task = blockIdx.x * int64_t{kConvThreads} + threadIdx.x;
-    const int64_t c = task % p.channels;
+    const unsigned task = blockIdx.x * kConvThreads + threadIdx.x;
+    const int c = static_cast<int>(task % p.channels);
     const int64_t b = task / p.channels;
     if (b >= p.batch) return;
     T *y = static_cast<T *>(p.y) + b * p.y_strides.batch + c * p.y_strides.channel;
     const int64_t slot = q.slots == nullptr ? b : q.slots[b * q.slots_stride];
     if (slot < 0) {                                          // a padding row of the batch
-        for (int64_t t = 0; t < p.length; ++t) y[t * p.y_strides.time] = from_float<T>(0.f);
+        for (int t = 0; t < p.length; ++t) y[t * p.y_strides.time] = from_float<T>(0.f);
         return;
     }
     T *state = static_cast<T *>(q.state) + slot * q.state_strides.batch + c * q.state_strides.channel;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_step(CausalConv1dU
         if (q.seen != nullptr) place %= q.kept;
         window[k + 1] = k >= kMaxWidth - p.width ? state[place * q.state_strides.time] : from_float<T>(0.f);
     }
-    for (int64_t t = 0; t < p.length; ++t) {
+    for (int t = 0; t < p.length; ++t) {
 #pragma unroll
         for (int k = 0; k < kHistory; ++k) window[k] = window[k + 1];
         window[kHistory] = x[t * p.x_strides.time];

@@ -24,6 +24,7 @@ struct GatedRMSNormParams {
     void *y;                                                 // (rows, width), contiguous
     Parameter weight, bias;
     int64_t weight_stride, bias_stride, x_row_stride, z_row_stride;
+    const void *x_end, *z_end;                               // beyond their last element
     int64_t rows;
     int width, segments;
     int bounds[kMaxSegments + 1];                            // columns bounds[s] .. bounds[s+1]-1 are segment s
@@ -33,7 +34,7 @@ struct GatedRMSNormParams {
 // kGeneral: several segments, or a bias.
 template <typename T, bool kNormBeforeGate, bool kGeneral, int kVectors, bool kAligned>
 __global__ void __launch_bounds__(kMaxNormThreads / kVectors) gated_rmsnorm_fwd(const __grid_constant__ GatedRMSNormParams p) {
-    constexpr int kCount = kElements<T>;
+    constexpr int kCount = 16 / sizeof(T);
     constexpr int kSpan = 32 * kCount;                       // columns of one vector of one warp
     constexpr unsigned kAll = 0xffffffffu;
     __shared__ float partial[2][kMaxNormThreads / 32 + kMaxSegments];      // of even and odd rows: one barrier for each
@@ -60,15 +61,14 @@ __global__ void __launch_bounds__(kMaxNormThreads / kVectors) gated_rmsnorm_fwd(
         }
     });
 
-    Packed<T> next_x[kVectors], next_z[kVectors];
+    const auto x_row = [&](int64_t row) { return static_cast<const T *>(p.x) + row * p.x_row_stride; };
+    const auto z_row = [&](int64_t row) { return static_cast<const T *>(p.z) + row * p.z_row_stride; };
+    RowVector<T, kCount, kAligned> next_x[kVectors], next_z[kVectors];
     const auto load = [&](int64_t row) {
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            next_x[v] = load_row_vector<T, kAligned>(static_cast<const T *>(p.x) + row * p.x_row_stride, column[v],
-                                                     p.width);
-            if (p.z != nullptr)
-                next_z[v] = load_row_vector<T, kAligned>(static_cast<const T *>(p.z) + row * p.z_row_stride, column[v],
-                                                         p.width);
+            next_x[v].fetch(x_row(row), column[v], p.width, static_cast<const T *>(p.x_end));
+            if (p.z != nullptr) next_z[v].fetch(z_row(row), column[v], p.width, static_cast<const T *>(p.z_end));
         }
     };
     if (blockIdx.x < p.rows) load(blockIdx.x);
@@ -82,14 +82,15 @@ __global__ void __launch_bounds__(kMaxNormThreads / kVectors) gated_rmsnorm_fwd(
     int phase = 0;
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, phase ^= 1) {
         float value[kVectors][kCount];
-        Packed<T> gate[kVectors];
+        Packed<T, kCount> gate[kVectors];
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            if constexpr (kNormBeforeGate) gate[v] = next_z[v];
+            const Packed<T, kCount> x = next_x[v].get(x_row(row), column[v], p.width);
+            if (p.z != nullptr) gate[v] = next_z[v].get(z_row(row), column[v], p.width);
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                value[v][i] = to_float(next_x[v].at[i]);
-                if (!kNormBeforeGate && p.z != nullptr) value[v][i] *= fast_silu(to_float(next_z[v].at[i]));
+                value[v][i] = to_float(x.at[i]);
+                if (!kNormBeforeGate && p.z != nullptr) value[v][i] *= fast_silu(to_float(gate[v].at[i]));
             }
         }
         if (row + gridDim.x < p.rows) load(row + gridDim.x);
@@ -141,14 +142,14 @@ __global__ void __launch_bounds__(kMaxNormThreads / kVectors) gated_rmsnorm_fwd(
 #pragma unroll
                 for (int i = 0; i < kCount; ++i) value[v][i] *= weight[v][i];
             }
-            Packed<T> out;
+            Packed<T, kCount> out;
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
                 if (kNormBeforeGate && p.z != nullptr) value[v][i] *= fast_silu(to_float(gate[v].at[i]));
                 out.at[i] = from_float<T>(value[v][i]);
             }
             if ((v * warps + warp) * kSpan < p.width)
-                store_row_vector<T, kAligned>(static_cast<T *>(p.y) + row * p.width, column[v], p.width, out);
+                store_row_vector<kAligned>(static_cast<T *>(p.y) + row * p.width, column[v], p.width, out);
         }
     }
 }

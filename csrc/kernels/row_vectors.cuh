@@ -1,9 +1,9 @@
-// 16-byte accesses to rows that start at any element.
+// Vector accesses to rows that start at any element.
 //
-// A compacted layout has rows of odd pitch, so that each row lies differently against the 16-byte grid of memory. Here
-// lane i of a warp always owns the same kElements<T> columns, whatever the row's address: a load takes the two aligned
-// vectors around them and shifts; a store shifts with the neighbouring lane and writes the aligned vector between.
-// Only the first and last columns of a warp's run, and the end of a row, go element by element.
+// A compacted layout has rows of odd pitch, so that each row lies differently against the grid of 8- or 16-byte words in
+// memory. Here lane i of a warp always owns the same kCount columns, whatever the row's address: a load fetches the two
+// words of the grid around them, and shifts when they have come; a store shifts with the neighbouring lane and writes
+// the word between. Only the first and last columns of a warp's run, and the end of a row, go element by element.
 
 #pragma once
 
@@ -11,75 +11,125 @@
 
 namespace shedder {
 
-template <typename T>
-constexpr int kElements = 16 / sizeof(T);
-
-// kElements<T> values as they lie in memory.
-template <typename T>
+// kCount values as they lie in memory: 8 or 16 bytes.
+template <typename T, int kCount>
 union Packed {
-    uint4 vector;
-    uint32_t word[4];
-    T at[kElements<T>];
-    __device__ Packed() : vector{0, 0, 0, 0} {}
+    static constexpr int kWords = kCount * sizeof(T) / 4;
+    static_assert(kWords == 2 || kWords == 4);
+    uint32_t word[kWords];
+    T at[kCount];
+    __device__ Packed() {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) word[i] = 0;
+    }
 };
 
-// Bytes shift .. shift+15 of low followed by high; 0 <= shift < 16, even.
-__device__ inline uint4 shift_bytes(uint4 low, uint4 high, int shift) {
-    uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    if (shift & 8) {
+__device__ inline void load_words(uint32_t (&to)[4], const void *from) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+}
+__device__ inline void load_words(uint32_t (&to)[2], const void *from) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+}
+// The same for words that the neighbouring lane reads too.
+__device__ inline void load_shared_words(uint32_t (&to)[4], const void *from) {
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+}
+__device__ inline void load_shared_words(uint32_t (&to)[2], const void *from) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+}
+__device__ inline void store_words(void *to, const uint32_t (&from)[4]) {
+    *static_cast<uint4 *>(to) = {from[0], from[1], from[2], from[3]};
+}
+__device__ inline void store_words(void *to, const uint32_t (&from)[2]) {
+    *static_cast<uint2 *>(to) = {from[0], from[1]};
+}
+
+// Bytes of an address above the grid of words of kBytes.
+template <int kBytes>
+__device__ inline int shift_of(const void *address) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(address)) & (kBytes - 1);
+}
+
+// Bytes shift .. shift + 4 kWords - 1 of low followed by high; shift is even and below 4 kWords.
+template <int kWords>
+__device__ inline void shift_words(uint32_t (&to)[kWords], const uint32_t (&low)[kWords], const uint32_t (&high)[kWords],
+                                   int shift) {
+    uint32_t w[2 * kWords];
 #pragma unroll
-        for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+    for (int i = 0; i < kWords; ++i) {
+        w[i] = low[i];
+        w[kWords + i] = high[i];
+    }
+    if constexpr (kWords == 4) {
+        if (shift & 8) {
+#pragma unroll
+            for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+        }
     }
     if (shift & 4) {
 #pragma unroll
-        for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+        for (int i = 0; i <= kWords; ++i) w[i] = w[i + 1];
     }
-    const int bits = (shift & 2) * 8;
-    return {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits), __funnelshift_r(w[2], w[3], bits),
-            __funnelshift_r(w[3], w[4], bits)};
-}
-
-// Streamed: read once, so not worth a place in L1.
-__device__ inline uint4 load_stream(const uint4 *from) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
-
-// Columns column .. column + kElements-1 of a row of `width`; those beyond it are zero.
-template <typename T, bool kAligned>
-__device__ inline Packed<T> load_row_vector(const T *row, int64_t column, int64_t width) {
-    Packed<T> v;
-    const T *from = row + column;
-    if (column + kElements<T> <= width) {
-        if constexpr (kAligned) {
-            v.vector = load_stream(reinterpret_cast<const uint4 *>(from));
-        } else {
-            const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(from) & 15);
-            const uint4 *grid = reinterpret_cast<const uint4 *>(reinterpret_cast<uintptr_t>(from) - shift);
-            const uint4 low = __ldg(grid);
-            const uint4 high = shift ? __ldg(grid + 1) : low;
-            v.vector = shift_bytes(low, high, shift);
-        }
-    } else {
 #pragma unroll
-        for (int i = 0; i < kElements<T>; ++i)
-            if (column + i < width) v.at[i] = from[i];
-    }
-    return v;
+    for (int i = 0; i < kWords; ++i) to[i] = __funnelshift_r(w[i], w[i + 1], (shift & 2) * 8);
 }
 
-// The inverse; every lane of the warp calls it with column = first + lane * kElements, also those beyond the width.
-template <typename T, bool kAligned>
-__device__ inline void store_row_vector(T *row, int64_t column, int64_t width, const Packed<T> &v) {
-    constexpr int kCount = kElements<T>;
+// A vector on its way: fetched, not yet shifted. Nothing here waits for it.
+template <typename T, int kCount, bool kAligned>
+struct RowVector {
+    static constexpr int kBytes = kCount * sizeof(T);
+    Packed<T, kCount> low, high;
+
+    // Columns column .. column + kCount-1 of a row of `width`; nothing at or beyond `end` is touched.
+    __device__ void fetch(const T *row, int column, int width, const T *end) {
+        if (column >= width) return;
+        const T *from = row + column;
+        if constexpr (kAligned) {
+            load_words(low.word, from);
+        } else {
+            const int shift = shift_of<kBytes>(from);
+            const char *grid = reinterpret_cast<const char *>(from) - shift;
+            const bool both = shift != 0 && column + (kBytes - shift) / static_cast<int>(sizeof(T)) < width;
+            if (grid + (both ? 2 * kBytes : kBytes) <= reinterpret_cast<const char *>(end)) {
+                load_shared_words(low.word, grid);
+                if (both) load_shared_words(high.word, grid + kBytes);
+            } else {                                         // the end of the last row
+                const int skipped = shift / static_cast<int>(sizeof(T));
+#pragma unroll
+                for (int i = 0; i < 2 * kCount; ++i) {
+                    const int c = i - skipped;
+                    if (0 <= c && c < kCount && column + c < width)
+                        (i < kCount ? low.at[i % kCount] : high.at[i % kCount]) = from[c];
+                }
+            }
+        }
+    }
+    // What `fetch` was asked for; columns beyond the width are zero.
+    __device__ Packed<T, kCount> get(const T *row, int column, int width) const {
+        if constexpr (kAligned) return low;
+        Packed<T, kCount> v;
+        shift_words(v.word, low.word, high.word, shift_of<kBytes>(row + column));
+        if (column + kCount > width) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i)
+                if (column + i >= width) v.at[i] = from_float<T>(0.f);
+        }
+        return v;
+    }
+};
+
+// Every lane of the warp calls it with column = first + lane * kCount, also those beyond the width.
+template <bool kAligned, typename T, int kCount>
+__device__ inline void store_row_vector(T *row, int column, int width, const Packed<T, kCount> &v) {
+    constexpr int kBytes = kCount * sizeof(T);
     T *to = row + column;
-    const int shift = kAligned ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(to) & 15);
+    const int shift = kAligned ? 0 : shift_of<kBytes>(to);
     if (shift == 0) {
         if (column + kCount <= width) {
-            *reinterpret_cast<uint4 *>(to) = v.vector;
-        } else {
+            store_words(to, v.word);
+        } else if (!kAligned) {
 #pragma unroll
             for (int i = 0; i < kCount; ++i)
                 if (column + i < width) to[i] = v.at[i];
@@ -87,14 +137,14 @@ __device__ inline void store_row_vector(T *row, int64_t column, int64_t width, c
         return;
     }
     const int lane = threadIdx.x % 32;
-    const int before = shift / static_cast<int>(sizeof(T));        // columns of the aligned vector that the left lane owns
-    Packed<T> left, mixed;
+    const int before = shift / static_cast<int>(sizeof(T));        // columns of the word that the left lane owns
+    Packed<T, kCount> left, mixed;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) left.word[i] = __shfl_up_sync(0xffffffffu, v.word[i], 1);
-    mixed.vector = shift_bytes(left.vector, v.vector, 16 - shift);
+    for (int i = 0; i < kBytes / 4; ++i) left.word[i] = __shfl_up_sync(0xffffffffu, v.word[i], 1);
+    shift_words(mixed.word, left.word, v.word, kBytes - shift);
     if (lane > 0) {
         if (column - before + kCount <= width) {
-            *reinterpret_cast<uint4 *>(to - before) = mixed.vector;
+            store_words(to - before, mixed.word);
         } else {
 #pragma unroll
             for (int i = 0; i < kCount; ++i)

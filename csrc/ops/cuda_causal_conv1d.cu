@@ -17,8 +17,10 @@ CausalConv1dParams conv_params(const Arguments &arguments, const Tensor &x, cons
                     " takes x (B, D, L) and weight (D, W)");
     CausalConv1dParams p{};
     p.batch = x.size(0);
-    p.channels = x.size(1);
-    p.length = x.size(2);
+    STD_TORCH_CHECK(std::max(x.size(1), x.size(2)) < (int64_t{1} << 30), "shedder_cuda::", arguments.op,
+                    ": D and L must be below 2^30");
+    p.channels = static_cast<int>(x.size(1));
+    p.length = static_cast<int>(x.size(2));
     const int64_t width = weight.size(1);
     STD_TORCH_CHECK(1 <= width && width <= kMaxWidth, "shedder_cuda::", arguments.op, ": W is ", width,
                     "; accepted: 1..4");
@@ -32,6 +34,11 @@ CausalConv1dParams conv_params(const Arguments &arguments, const Tensor &x, cons
     p.x = x.const_data_ptr();
     p.y = y.mutable_data_ptr();
     p.x_strides = conv_strides(x);
+    const ConvStrides &strides = p.x_strides;
+    if (x.numel() > 0)
+        p.x_end = static_cast<const char *>(p.x)
+            + ((p.batch - 1) * strides.batch + (p.channels - 1) * strides.channel + (p.length - 1) * strides.time + 1)
+                * element_size(x.scalar_type());
     p.y_strides = conv_strides(y);
     p.silu = silu;
     return p;
@@ -55,19 +62,22 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
         kernel<<<blocks_for(kOp, tasks, per_block), kConvThreads, 0, stream>>>(p);
     };
     if (p.channels > 1 && x.channel == 1 && y.channel == 1) {
-        const int64_t tiles = (p.channels + 32 * kElements<T> - 1) / (32 * kElements<T>);
+        constexpr int64_t kBytes = kLaneChannels * size;
+        const int64_t tiles = (p.channels + 32 * kLaneChannels - 1) / (32 * kLaneChannels);
         p.steps = static_cast<int>(steps_for(p.length, tiles * p.batch));
         const int64_t tasks = p.batch * tiles * ((p.length + p.steps - 1) / p.steps);
-        const bool aligned = on_grid(p.x, size, {x.batch, x.time}) && on_grid(p.y, size, {y.batch, y.time});
+        const bool aligned = p.channels % kLaneChannels == 0 && on_grid<kBytes>(p.x, size, {x.batch, x.time})
+            && on_grid<kBytes>(p.y, size, {y.batch, y.time});
         if (aligned && packed) return run(causal_conv1d_channels<T, true, true>, tasks, kWarps);
         if (aligned) return run(causal_conv1d_channels<T, true, false>, tasks, kWarps);
         if (packed) return run(causal_conv1d_channels<T, false, true>, tasks, kWarps);
         return run(causal_conv1d_channels<T, false, false>, tasks, kWarps);
     }
     if (p.length > 1 && x.time == 1 && y.time == 1) {
-        constexpr int64_t kChunk = 32 * kElements<T> * kConvVectors;
+        constexpr int64_t kChunk = 32 * (16 / size) * kConvVectors;
         const int64_t tasks = p.batch * p.channels * ((p.length + kChunk - 1) / kChunk);
-        const bool aligned = on_grid(p.x, size, {x.batch, x.channel}) && on_grid(p.y, size, {y.batch, y.channel});
+        const bool aligned = p.length % (16 / size) == 0 && on_grid(p.x, size, {x.batch, x.channel})
+            && on_grid(p.y, size, {y.batch, y.channel});
         if (aligned && packed) return run(causal_conv1d_time<T, true, true>, tasks, kWarps);
         if (aligned) return run(causal_conv1d_time<T, true, false>, tasks, kWarps);
         if (packed) return run(causal_conv1d_time<T, false, true>, tasks, kWarps);

@@ -13,7 +13,7 @@ constexpr const char *kNormOp = "gated_rmsnorm";
 
 template <typename T, bool kNormBeforeGate, bool kGeneral, int kVectors, bool kAligned>
 void launch_norm(const GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
-    constexpr int kWarpColumns = 32 * kElements<T> * kVectors;
+    constexpr int kWarpColumns = 32 * (16 / static_cast<int>(sizeof(T))) * kVectors;
     const auto kernel = gated_rmsnorm_fwd<T, kNormBeforeGate, kGeneral, kVectors, kAligned>;
     const int threads = (p.width + kWarpColumns - 1) / kWarpColumns * 32;
     // CTAs that one SM holds, for each number of warps; asked once, since asking takes longer than a launch.
@@ -77,6 +77,11 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
         p.z = z->const_data_ptr();
         p.z_row_stride = z->stride(0);
     }
+    const auto end_of = [&](const void *data, int64_t stride) {
+        return static_cast<const char *>(data) + (std::max<int64_t>(rows - 1, 0) * stride + width) * size;
+    };
+    p.x_end = end_of(p.x, p.x_row_stride);
+    if (p.z != nullptr) p.z_end = end_of(p.z, p.z_row_stride);
     p.weight = arguments.parameter(weight, "weight", {width});
     p.weight_stride = weight.stride(0);
     p.bias = arguments.parameter(bias, "bias", {width});
@@ -85,7 +90,7 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
     STD_TORCH_CHECK(y.is_contiguous(), "shedder_cuda::gated_rmsnorm: y is not contiguous");
     p.y = y.mutable_data_ptr();
     if (rows == 0) return;
-    const bool aligned = on_grid(p.x, size, {p.x_row_stride}) && on_grid(p.y, size, {width})
+    const bool aligned = width * size % 16 == 0 && on_grid(p.x, size, {p.x_row_stride}) && on_grid(p.y, size, {width})
         && (p.z == nullptr || on_grid(p.z, size, {p.z_row_stride}));
     const torch::stable::accelerator::DeviceGuard guard(arguments.device);
     const cudaStream_t stream = current_stream(arguments.device);

@@ -7,7 +7,6 @@ namespace shedder {
 namespace {
 
 constexpr const char *kStepOp = "state_update";
-constexpr int kStepRows = 4;
 
 // Strides of (batch or slot, head, place), of which Mamba-1 has no head.
 StepStrides step_strides(const Tensor &t, bool single_head) {
@@ -15,18 +14,21 @@ StepStrides step_strides(const Tensor &t, bool single_head) {
                        : StepStrides{t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// Rows of a thread, measured at B128: four tied ones (H80 P64 N128: 125 us; two 153, eight 135), else two (D5120 N16: 34 us;
+// one the same, four 40). Single accesses hold each number in a register of its own: two.
 template <typename Input, typename State, int kWidth>
 void launch_step(StateUpdateParams &p, bool tied, cudaStream_t stream) {
+    constexpr int kTiedRows = kWidth > 1 ? 4 : 2, kRows = 2;
     p.lanes = 1;
     while (p.lanes * kStepStates < p.dstate) p.lanes *= 2;
     const int64_t rows = 32 / p.lanes;
-    const int64_t run = tied ? rows * kStepRows : rows;
-    const int64_t batches = tied ? p.batch : (p.batch + kStepRows - 1) / kStepRows;
+    const int64_t run = tied ? rows * kTiedRows : rows;
+    const int64_t batches = tied ? p.batch : (p.batch + kRows - 1) / kRows;
     const unsigned blocks = blocks_for(kStepOp, batches * p.heads * ((p.headdim + run - 1) / run), kStepThreads / 32);
     if (tied)
-        state_update_step<Input, State, kWidth, kStepRows, true><<<blocks, kStepThreads, 0, stream>>>(p);
+        state_update_step<Input, State, kWidth, kTiedRows, true><<<blocks, kStepThreads, 0, stream>>>(p);
     else
-        state_update_step<Input, State, kWidth, kStepRows, false><<<blocks, kStepThreads, 0, stream>>>(p);
+        state_update_step<Input, State, kWidth, kRows, false><<<blocks, kStepThreads, 0, stream>>>(p);
 }
 
 void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
@@ -107,8 +109,10 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
         p.bias_head_stride = single ? 0 : dt_bias->stride(0);
         p.bias_place_stride = dt_bias->stride(single ? 0 : 1);
     }
-    p.batch = batch;
-    p.heads = heads;
+    STD_TORCH_CHECK(batch < (int64_t{1} << 31) - 64 && heads < (int64_t{1} << 31),
+                    "shedder_cuda::state_update: B and H must be below 2^31");
+    p.batch = static_cast<int>(batch);
+    p.heads = static_cast<int>(heads);
     p.headdim = static_cast<int>(headdim);
     p.dstate = static_cast<int>(dstate);
     p.dt_softplus = dt_softplus;
@@ -117,11 +121,12 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
     const int64_t size = element_size(dtype), state_size = element_size(state.scalar_type());
     const bool tied = p.A_strides.place == 0 && p.A_n_stride == 0 && p.dt_strides.place == 0
         && p.bias_place_stride == 0 && !(p.group_per_place && groups > 1);
-    const bool wide = dstate % (16 / state_size) == 0 && p.state_n_stride == 1
+    const bool vectors = p.B_n_stride == 1 && p.C_n_stride == 1
+        && on_grid(p.B, size, {p.B_batch_stride, p.B_group_stride})
+        && on_grid(p.C, size, {p.C_batch_stride, p.C_group_stride})
+        && (tied || (p.A_n_stride == 1 && on_grid(p.A, 4, {p.A_strides.head, p.A_strides.place})));
+    const bool wide = vectors && dstate % (16 / state_size) == 0 && p.state_n_stride == 1
         && on_grid(p.state, state_size, {p.state_strides.batch, p.state_strides.head, p.state_strides.place});
-    p.A_vectors = p.A_n_stride == 1 && on_grid(p.A, 4, {p.A_strides.head, p.A_strides.place});
-    p.BC_vectors = p.B_n_stride == 1 && p.C_n_stride == 1 && on_grid(p.B, size, {p.B_batch_stride, p.B_group_stride})
-        && on_grid(p.C, size, {p.C_batch_stride, p.C_group_stride});
 
     const torch::stable::accelerator::DeviceGuard guard(arguments.device);
     const cudaStream_t stream = current_stream(arguments.device);
