@@ -67,6 +67,13 @@ def packed(batch: int, length: int, device: str) -> Tensor:
     return torch.stack(rows).to(device=device, dtype=torch.int32)
 
 
+def skip_if_unsupported(op, backend, **facts):
+    try:
+        ops.explain(op, backend=backend, **facts)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 # --- SSD ------------------------------------------------------------------------------------------------------------
 
 SSD = [  # batch, length, heads, headdim, groups, dstate, map
@@ -97,6 +104,7 @@ def ssd_inputs(batch, length, heads, headdim, groups, dstate, dtype, device, ful
 @pytest.mark.parametrize(("batch", "length", "heads", "headdim", "groups", "dstate", "head_to_group"), SSD)
 def test_ssd_is_the_recurrence(batch, length, heads, headdim, groups, dstate, head_to_group, full, dtype, backend,
                                device, poisoned_allocator):
+    skip_if_unsupported("ssd", backend, device=device, dtype=dtype, dstate=dstate, headdim=headdim)
     inputs = ssd_inputs(batch, length, heads, headdim, groups, dstate, dtype, device, full)
     limit = (0.05, 2.0) if full else (0.0, math.inf)
     seq_idx = packed(batch, length, device) if full and length > 64 else None
@@ -200,13 +208,6 @@ def scan_inputs(batch, channels, length, dstate, groups, dtype, device, full):
         inputs |= {"D": rand(channels), "z": rand(batch, channels, length).to(dtype), "delta_bias": rand(channels),
                    "initial_state": rand(batch, channels, dstate)}
     return inputs
-
-
-def skip_if_unsupported(op, backend, **facts):
-    try:
-        ops.explain(op, backend=backend, **facts)
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("selective_scan"))
@@ -366,6 +367,9 @@ def test_state_update_of_mamba1(groups, backend, device, poisoned_allocator):
                                                                    (1, 5, 7, 2), (1, 5, 7, 1)])
 def test_conv_is_the_reference(batch, channels, length, width, layout, full, dtype, backend, device,
                                poisoned_allocator):
+    skip_if_unsupported("causal_conv1d", backend, device=device, dtype=dtype, channels=channels, width=width,
+                        channel_last=layout is channel_last)
+
     def rand(*shape):
         return torch.randn(*shape, device=device)
     inputs = {"x": rand(batch, channels, length).to(dtype), "weight": rand(channels, width), "bias": None,
@@ -430,6 +434,8 @@ def test_conv_update_is_the_reference(width, kept, tokens, ring, indexed, dtype,
 @pytest.mark.parametrize("gate", ["none", "before", "after"])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_norm_is_the_reference(shape, gate, ragged, dtype, backend, device, poisoned_allocator):
+    skip_if_unsupported("gated_rmsnorm", backend, device=device, dtype=dtype, width=shape[-1])
+
     def rand(*sizes):
         return torch.randn(*sizes, device=device)
     width = shape[-1]
