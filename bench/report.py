@@ -161,8 +161,9 @@ def plot(folder: Path, target: Path, ops: tuple[str, ...] = ("selective_scan", "
             if seen:
                 axis.plot(*zip(*seen, strict=True), marker, color=colour, ms=5, label=name)
         axis.axhline(1, color="0.85", lw=1, zorder=0)
-        axis.set(title=op.replace("_", " "), xlabel="work left", xlim=(0, 1.05), ylim=(0, None))
+        axis.set(title=op.replace("_", " "), xlabel="work left", xlim=(0, 1.05))
         axis.legend(frameon=False, loc="upper left")
+    axes[0][0].set_ylim(bottom=0)                       # once all points are there: the axes share it
     axes[0][0].set_ylabel("time, share of the same side's dense time")
     figure.tight_layout()
     figure.savefig(target, dpi=140)
