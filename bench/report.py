@@ -76,10 +76,11 @@ def markdown(rows: Iterable[Row]) -> str:
                 notes.append(row["note"])
             mark = f" [{notes.index(row['note']) + 1}]"
         forced = "" if row["dispatch"] == "auto" else f" ({row['dispatch'].removeprefix('forced:')} alone)"
+        model = f"{row['model']}: " if row["model"] else ""
         layout = f" {row['layout']}" if row["op"] == "conv1d" else ""
         state = f", {row['state_dtype']} state" if row["state_dtype"] else ""
         lines.append("| " + " | ".join((
-            (f"{row['model']}: " if row["model"] else "") + row["op"] + forced, f"{shape_text(row['shape'])}{layout} {row['dtype']}{state}{mark}", row["clock"],
+            model + row["op"] + forced, f"{shape_text(row['shape'])}{layout} {row['dtype']}{state}{mark}", row["clock"],
             number(row["ours_us"]), number(row["peer_us"]), "-" if faster is None else f"{faster:.2f}x",
             _target(workload_of(row)), share, number(row["error"], 2), number(row["peer_error"], 2))) + " |")
     lines += [f"\n[{index}] {note}" for index, note in enumerate(notes, 1)]
