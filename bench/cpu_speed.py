@@ -1,6 +1,6 @@
 """Whole models on the CPU against transformers' CPU path: prefill and decode of a 130M Mamba-1 and Mamba-2.
 
-    python -m bench.cpu_speed                        # prints a table, writes bench/results/cpu/speed.json
+    python -m bench.cpu_speed                        # prints a table, writes bench/results/cpu/model.json
     python -m bench.cpu_speed --models mamba2 --dtypes bf16 --repeats 3 --no-write
 
 Both sides hold the same random weights (one checkpoint, read by both), tie the embedding, keep the logits of the
@@ -167,8 +167,8 @@ def copy_rate() -> float:
 
 
 def write(rows: list[results.Row]) -> Path:
-    """bench/results/cpu/speed.json: this run's rows, and older rows of what it did not measure."""
-    path = results.RESULTS / "cpu" / "speed.json"
+    """bench/results/cpu/model.json: this run's rows, and older rows of what it did not measure."""
+    path = results.RESULTS / "cpu" / "model.json"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=results.ROOT).stdout.strip()
     now = datetime.datetime.now(datetime.timezone.utc)

@@ -67,7 +67,7 @@ def source_hash(root: Path = ROOT) -> str:
 def folder_of(gpu: str) -> str:
     """The folder of a GPU: its model without maker and memory, in lower case."""
     name = gpu.replace("NVIDIA", "").split()
-    return re.sub(r"[^a-z0-9]+", "-", (name[0] if name else "unknown").lower())
+    return re.sub(r"[^a-z0-9]+", "-", (name[0] if name else "unknown").lower()).strip("-")
 
 
 # ---- the schema
