@@ -20,6 +20,7 @@ LAYOUTS = {
     "odd": {"heads": 7, "headdim": 13, "ngroups": 1, "dstate": 101, "width": 3},
     "ragged": {"heads": 5, "headdim": 9, "ngroups": 3, "dstate": 6, "head_to_group": (2, 0, 0, 2, 0)},
     "one head of two groups": {"heads": 1, "headdim": 70, "ngroups": 2, "dstate": 5, "head_to_group": (1,), "width": 1},
+    "removed SSM": {"heads": 5, "headdim": 13, "ngroups": 1, "dstate": 0},
     "segments": {"heads": 3, "headdim": 60, "ngroups": 1, "dstate": 17, "norm_segments": ((60, 1e-5), (120, 3e-6))},
 }
 
@@ -49,14 +50,16 @@ def make_inputs(heads: int, headdim: int, ngroups: int, dstate: int, *, width: i
 
     inner = heads * headdim
     channels = inner + 2 * ngroups * dstate
+    steps = heads if dstate else 0
     kept = width - 1 if kept is None else kept
     tensors = {
-        "zxbcdt": rand(batch, inner + channels + heads + row_padding).to(dtype),
+        "zxbcdt": rand(batch, inner + channels + steps + row_padding).to(dtype),
         "conv_state": rand(batch, kept, channels).to(dtype).transpose(1, 2),          # as nn allocates it
-        "ssm_state": rand(batch, heads, headdim, dstate).to(state_dtype),
+        "ssm_state": rand(batch, heads, headdim, dstate).to(state_dtype) if dstate else None,
         "conv_weight": (rand(channels, width) / 2).to(dtype),
         "conv_bias": rand(channels).to(dtype) if has_bias else None,
-        "dt_bias": rand(heads), "A": -rand(heads).exp(), "D": rand(heads, headdim) if d_has_hdim else rand(heads),
+        "dt_bias": rand(heads) if dstate else None, "A": -rand(heads).exp() if dstate else None,
+        "D": rand(heads, headdim) if d_has_hdim else rand(heads),
         "norm_weight": rand(inner).to(dtype) if has_norm else None,
     }
     if has_norm:
@@ -66,21 +69,26 @@ def make_inputs(heads: int, headdim: int, ngroups: int, dstate: int, *, width: i
 
 def expected(tensors: dict[str, Any], *, headdim: int, ngroups: int, dstate: int, row_padding: int,
              head_to_group: Any = None, norm_segments: Any = None, norm_before_gate: bool = True,
-             dt_limit: tuple[float, float] = (0.0, math.inf)) -> tuple[Tensor, Tensor, Tensor]:
+             dt_limit: tuple[float, float] = (0.0, math.inf)) -> tuple[Tensor, Tensor, Tensor | None]:
     """y and both new states, composed from shedder.reference in float64."""
     t = {name: None if value is None else value.double().cpu() for name, value in tensors.items()}
-    batch, heads = t["zxbcdt"].shape[0], t["A"].shape[0]
+    batch, heads = t["zxbcdt"].shape[0], t["D"].shape[0]
     inner, states = heads * headdim, ngroups * dstate
-    z, xBC, dt, _ = t["zxbcdt"].split([inner, inner + 2 * states, heads, row_padding], dim=-1)
+    z, xBC, dt, _ = t["zxbcdt"].split([inner, inner + 2 * states, heads if dstate else 0, row_padding], dim=-1)
     xBC, conv_state = reference.causal_conv1d_update(xBC[..., None], t["conv_state"], t["conv_weight"], t["conv_bias"],
                                                      "silu")
     x, B, C = xBC[..., 0].split([inner, states, states], dim=-1)
-    groups = torch.tensor(head_to_group or [head * ngroups // heads for head in range(heads)])
-    y, ssm_state = reference.ssd(
-        x.view(batch, 1, heads, headdim), dt[:, None], t["A"], B.reshape(batch, 1, ngroups, dstate),
-        C.reshape(batch, 1, ngroups, dstate), t["D"],
-        z.reshape(batch, 1, heads, headdim) if t["norm_weight"] is None else None, t["dt_bias"], True, dt_limit,
-        head_to_group=groups, initial_states=t["ssm_state"])
+    x, gate = x.view(batch, 1, heads, headdim), z.reshape(batch, 1, heads, headdim)
+    if dstate:
+        groups = torch.tensor(head_to_group or [head * ngroups // heads for head in range(heads)])
+        y, ssm_state = reference.ssd(
+            x, dt[:, None], t["A"], B.reshape(batch, 1, ngroups, dstate), C.reshape(batch, 1, ngroups, dstate),
+            t["D"], gate if t["norm_weight"] is None else None, t["dt_bias"], True, dt_limit,
+            head_to_group=groups, initial_states=t["ssm_state"])
+    else:
+        y, ssm_state = x * t["D"].view(heads, -1), None
+        if t["norm_weight"] is None:
+            y = y * gate * torch.sigmoid(gate)
     y = y.reshape(batch, inner)
     if t["norm_weight"] is not None:
         y = reference.gated_rmsnorm(y, t["norm_weight"], None, z, segments=[size for size, _ in norm_segments],
@@ -101,7 +109,8 @@ def check(tensors: dict[str, Any], options: dict[str, Any], backend: str | None)
         assert y.dtype == tensors["zxbcdt"].dtype
         assert_close("y", y, y_want, y.dtype)
         assert torch.equal(tensors["conv_state"].double().cpu(), conv_want)       # inputs are moved, not computed
-        assert_close("ssm_state", tensors["ssm_state"], ssm_want, tensors["ssm_state"].dtype)
+        if ssm_want is not None:
+            assert_close("ssm_state", tensors["ssm_state"], ssm_want, tensors["ssm_state"].dtype)
         tensors["zxbcdt"] = torch.randn_like(tensors["zxbcdt"])
 
 
@@ -123,6 +132,15 @@ def test_every_option_of_a_step(case, backend, device, poisoned_allocator):
 
 
 @pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize("case", [
+    {"has_norm": False}, {"has_norm": False, "d_has_hdim": True}, {"norm_before_gate": False}, {"d_has_hdim": True},
+    {"has_bias": False}, {"row_padding": 5}, {"kept": 4}, {"heads": 1, "batch": 1}, {"heads": 40, "headdim": 64},
+    {"norm_segments": ((60, 1e-5), (5, 3e-6))}], ids=str)
+def test_every_option_of_a_step_without_an_ssm(case, backend, device, poisoned_allocator):
+    check(*make_inputs(**{**LAYOUTS["removed SSM"], **case}, device=device), backend)
+
+
+@pytest.mark.parametrize(("backend", "device"), implementations())
 def test_a_large_layer_is_split_over_threads_alike(backend, device):
     check(*make_inputs(24, 64, 2, 128, batch=3, device=device), backend)
 
@@ -136,13 +154,16 @@ def test_inputs_may_lie_at_any_distance(backend, device):
     check(tensors, options, backend)
 
 
-def test_a_float64_step_is_composed():
-    tensors, options = make_inputs(**LAYOUTS["ragged"])
+@pytest.mark.parametrize("layout", ["ragged", "removed SSM"])
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_a_float64_step_is_composed(layout, has_norm):
+    tensors, options = make_inputs(**LAYOUTS[layout], has_norm=has_norm)
     tensors = {name: None if value is None else value.double() for name, value in tensors.items()}
     y_want, conv_want, ssm_want = expected(tensors, **options)
     y = ops.step_mixer(**tensors, **options)
     for got, want in ((y, y_want), (tensors["conv_state"], conv_want), (tensors["ssm_state"], ssm_want)):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_explain_names_the_kernel_or_the_parts_of_a_composition():
@@ -172,6 +193,9 @@ def test_a_backend_without_the_kernel_is_asked_for_its_parts():
     ({"conv_state": torch.zeros(2, 81, 2)}, r"conv_state has shape \(2, 81, 2\); accepted: .* K >= 3"),
     ({"conv_state": torch.zeros(2, 81, 3, dtype=torch.bfloat16)}, "conv_state is torch.bfloat16; accepted"),
     ({"D": torch.zeros(4)}, r"D has shape \(4,\); accepted: \(H,\) or \(H, P\) = \(5,\) or \(5, 9\)"),
+    ({"dstate": 0}, r"zxbcdt has shape \(2, 131\); accepted: \(B, 2HP \+ row_padding\)"),
+    ({"dstate": 0, "zxbcdt": torch.zeros(2, 90)}, "ssm_state is given, but dstate is 0"),
+    ({"ssm_state": None}, "ssm_state"),
     ({"norm_weight": None}, "norm_weight is None and norm_segments is"),
     ({"norm_segments": ((44, 1e-5),)}, "norm_segments is .* add up to HP = 45"),
     ({"head_to_group": (0, 1, 2, 3, 0)}, r"head_to_group has value 3 but B has 3 groups"),

@@ -2,6 +2,8 @@
 //
 //   dt = clamp(softplus(dt + bias), dt_min, dt_max)      h = exp(dt A) h + dt B x      y = (sum_n C h + D x) silu(z)
 //
+// With N = 0, a removed SSM, y = D x silu(z) is left: no state, dt, A, B or C.
+//
 // Lanes are states of one row (h, p): the state is read and written once, in its own dtype. Where A does not change
 // over the states its exponentials are taken for kRows rows at once. Bound: bytes of the state.
 
@@ -52,24 +54,28 @@ const float *in_place(const Array &a, int64_t offset, int64_t stride, int64_t n,
 }
 
 // Rows [first, first + count) of one (batch, head); count <= kRows.
-void step_rows(const StateUpdate &p, int64_t batch, int64_t head, int64_t first, int64_t count) {
-    float x[kRows] = {}, dt[kRows] = {}, decay[kRows] = {}, y[kRows] = {}, other[kRows] = {};
-    float copy_A[kMaxStates], copy_B[kMaxStates], copy_C[kMaxStates], row[kMaxStates];
-    auto read = [&](const Array &a, bool batched, float *out) {
-        const int64_t *s = a.stride + (batched ? 1 : 0);
-        read_row(a, (batched ? batch * a.stride[0] : 0) + head * s[0] + first * s[1], s[1], count, out);
-    };
-    const int64_t y_offset = batch * p.y.stride[0] + head * p.y.stride[1] + first * p.y.stride[2];
-    const int64_t slot = p.state_batch_indices ? p.state_batch_indices[batch] : batch;
-    if (slot < 0) return write_row(p.y, y_offset, p.y.stride[2], count, y);
+struct Rows {
+    int64_t batch, head, first, count;
 
-    read(p.x, true, x);
-    read(p.dt, true, dt);
-    if (p.dt_bias) read(p.dt_bias, false, other);
+    void read(const Array &a, float *out) const {                 // (H, P)
+        read_row(a, head * a.stride[0] + first * a.stride[1], a.stride[1], count, out);
+    }
+    void read_batched(const Array &a, float *out) const {         // (B, H, P)
+        read_row(a, batch * a.stride[0] + head * a.stride[1] + first * a.stride[2], a.stride[2], count, out);
+    }
+};
+
+// The states of `slot` move on; y = sum_n C h. x and y have kRows floats.
+void step_states(const StateUpdate &p, const Rows &rows, int64_t slot, const float *x, float *y) {
+    const auto [batch, head, first, count] = rows;
+    float dt[kRows] = {}, decay[kRows] = {}, bias[kRows] = {};
+    float copy_A[kMaxStates], copy_B[kMaxStates], copy_C[kMaxStates], row[kMaxStates];
+    rows.read_batched(p.dt, dt);
+    if (p.dt_bias) rows.read(p.dt_bias, bias);
     const bool scalar_A = p.A.stride[2] == 0;
-    if (scalar_A) read(p.A, false, decay);
+    if (scalar_A) rows.read(p.A, decay);
     for (int64_t i = 0; i < count; i += kLanes) {
-        Vec d = load(dt + i) + load(other + i);
+        Vec d = load(dt + i) + load(bias + i);
         if (p.dt_softplus) d = softplus(d);
         d = maximum(splat(p.dt_min), minimum(splat(p.dt_max), d));
         store(dt + i, d);
@@ -107,13 +113,23 @@ void step_rows(const StateUpdate &p, int64_t batch, int64_t head, int64_t first,
             case Dtype::f16: y[i] = step_row<Float16>(as_half, A, scale, input, B, C, p.states); break;
         }
     }
+}
 
+void step_rows(const StateUpdate &p, const Rows &rows) {
+    const auto [batch, head, first, count] = rows;
+    float x[kRows] = {}, y[kRows] = {}, other[kRows] = {};
+    const int64_t y_offset = batch * p.y.stride[0] + head * p.y.stride[1] + first * p.y.stride[2];
+    const int64_t slot = p.state_batch_indices ? p.state_batch_indices[batch] : batch;
+    if (slot < 0) return write_row(p.y, y_offset, p.y.stride[2], count, y);
+
+    rows.read_batched(p.x, x);
+    if (p.states) step_states(p, rows, slot, x, y);
     if (p.D) {
-        read(p.D, false, other);
+        rows.read(p.D, other);
         for (int64_t i = 0; i < count; i += kLanes) store(y + i, load(y + i) + load(other + i) * load(x + i));
     }
     if (p.z) {
-        read(p.z, true, other);
+        rows.read_batched(p.z, other);
         for (int64_t i = 0; i < count; i += kLanes) store(y + i, load(y + i) * silu(load(other + i)));
     }
     write_row(p.y, y_offset, p.y.stride[2], count, y);
@@ -127,7 +143,7 @@ void state_update(const StateUpdate &p, int64_t begin, int64_t end) {
         int64_t count = p.headdim - first;
         if (count > end - begin) count = end - begin;
         if (count > kRows) count = kRows;
-        step_rows(p, begin / (p.headdim * p.heads), head, first, count);
+        step_rows(p, {begin / (p.headdim * p.heads), head, first, count});
         begin += count;
     }
 }

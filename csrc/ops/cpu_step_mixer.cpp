@@ -1,6 +1,7 @@
 // Launcher of a whole Mamba-2 decode step between the two projections: convolution, state, gate and norm in one call.
 //
-// What passes between them stays in floats. Each part splits its own range over threads.
+// What passes between them stays in floats. Each part splits its own range over threads. Without ssm_state, dt_bias
+// and A the SSM is removed: N = 0 and the columns are [z | x | padding].
 
 #include <cmath>
 #include <limits>
@@ -28,19 +29,27 @@ Array columns(const Array &a, int64_t first, int64_t outer = 1, int64_t inner = 
 }
 
 // zxbcdt: (B, columns), [z | x | B | C | dt | padding]. D is (H,) or (H, P).
-void step_mixer(const Tensor &zxbcdt, Tensor conv_state, Tensor ssm_state, const Tensor &conv_weight,
-                const MaybeTensor &conv_bias, const Tensor &dt_bias, const Tensor &A, const Tensor &D,
+void step_mixer(const Tensor &zxbcdt, Tensor conv_state, MaybeTensor ssm_state, const Tensor &conv_weight,
+                const MaybeTensor &conv_bias, const MaybeTensor &dt_bias, const MaybeTensor &A, const Tensor &D,
                 const MaybeTensor &norm_weight, int64_t groups, const Tensor &head_to_group,
                 std::vector<int64_t> segments, std::vector<double> eps, bool norm_before_gate, double dt_min,
                 double dt_max, Tensor y) {
-    STD_TORCH_CHECK(zxbcdt.dim() == 2 && conv_state.dim() == 3 && conv_weight.dim() == 2 && ssm_state.dim() == 4,
+    STD_TORCH_CHECK(zxbcdt.dim() == 2 && conv_state.dim() == 3 && conv_weight.dim() == 2 &&
+                        (!ssm_state || ssm_state->dim() == 4) && 1 <= D.dim() && D.dim() <= 2,
                     "shedder_cpu::step_mixer takes zxbcdt (B, columns), conv_state (B, channels, K), "
-                    "conv_weight (channels, W), ssm_state (B, H, P, N)");
+                    "conv_weight (channels, W), ssm_state (B, H, P, N), D (H,) or (H, P)");
+    const bool has_ssm = ssm_state.has_value();
     const int64_t batch = zxbcdt.size(0), width = conv_weight.size(1), kept = conv_state.size(2);
-    const int64_t heads = ssm_state.size(1), headdim = ssm_state.size(2), states = ssm_state.size(3);
-    const int64_t inner = heads * headdim, channels = inner + 2 * groups * states;
-    STD_TORCH_CHECK(zxbcdt.size(1) >= inner + channels + heads, "shedder_cpu::step_mixer: zxbcdt has too few columns");
-    STD_TORCH_CHECK(1 <= states && states <= kMaxStates && 1 <= width && width <= kMaxWidth && kept >= width - 1,
+    const int64_t heads = D.size(0), states = has_ssm ? ssm_state->size(3) : 0;
+    const int64_t channels = conv_weight.size(0), inner = channels - 2 * groups * states;
+    STD_TORCH_CHECK(heads > 0 && inner > 0 && inner % heads == 0,
+                    "shedder_cpu::step_mixer: conv_weight must have HP + 2GN rows");
+    const int64_t headdim = inner / heads;
+    STD_TORCH_CHECK(zxbcdt.size(1) >= inner + channels + (has_ssm ? heads : 0),
+                    "shedder_cpu::step_mixer: zxbcdt has too few columns");
+    STD_TORCH_CHECK(has_ssm == dt_bias.has_value() && has_ssm == A.has_value() && has_ssm == (states > 0),
+                    "shedder_cpu::step_mixer takes ssm_state, dt_bias and A together, or none of them");
+    STD_TORCH_CHECK(states <= kMaxStates && 1 <= width && width <= kMaxWidth && kept >= width - 1,
                     "shedder_cpu::step_mixer: N must be 1..", kMaxStates, ", W 1..", kMaxWidth, ", K at least W - 1");
     const Array in = array(kOp, "zxbcdt", zxbcdt, {batch, zxbcdt.size(1)});
     const std::unique_ptr<float[]> scratch(new float[batch * (channels + inner)]);
@@ -114,8 +123,8 @@ void step_mixer(const Tensor &zxbcdt, Tensor conv_state, Tensor ssm_state, const
 }  // namespace shedder::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cpu, m) {
-    m.def("step_mixer(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor conv_weight, "
-          "Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor D, Tensor? norm_weight, int groups, "
+    m.def("step_mixer(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!)? ssm_state, Tensor conv_weight, "
+          "Tensor? conv_bias, Tensor? dt_bias, Tensor? A, Tensor D, Tensor? norm_weight, int groups, "
           "Tensor head_to_group, int[] segments, float[] eps, bool norm_before_gate, float dt_min, float dt_max, "
           "Tensor(c!) y) -> ()");
 }

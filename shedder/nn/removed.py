@@ -13,7 +13,7 @@ from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_pa
 from shedder.nn.norm import GatedRMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
-from shedder.ops import linear
+from shedder.ops import linear, step_mixer
 
 
 class RemovedSSMMixer(Mixer):
@@ -27,6 +27,8 @@ class RemovedSSMMixer(Mixer):
         self.layout = layout
         dtype = dtype or torch.get_default_dtype()
         self.is_mamba1 = config.family == "mamba1"
+        self.norm_before_gate = config.norm_before_gate
+        self._norm_segments = tuple((segment.channels, segment.eps) for segment in layout.norm_segments) or None
         self.in_proj = empty_linear(config.d_model, layout.in_proj_rows, config.proj_bias, device, dtype)
         self.conv1d = empty_conv(layout.d_inner, layout.conv_width, config.conv_bias, device, dtype)
         self.D = empty_parameter(layout.d_inner if config.d_has_hdim else layout.nheads, device=device,
@@ -47,6 +49,8 @@ class RemovedSSMMixer(Mixer):
 
     def forward(self, hidden: Tensor, state: LayerState | None = None) -> Tensor:
         """hidden (B, L, d_model) -> (B, L, d_model), continuing from `state` and updating it."""
+        if state is not None and hidden.shape[1] == 1 and self.probe is None and not self.is_mamba1:
+            return self._step(hidden, state)
         conv_weight, D = self.constants()
         first, second = linear(hidden, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
         x, z = (first, second) if self.is_mamba1 else (second, first)
@@ -56,6 +60,16 @@ class RemovedSSMMixer(Mixer):
         y = (x * D).to(x.dtype)
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         return linear(y, self.out_proj.weight, self.out_proj.bias)
+
+    def _step(self, hidden: Tensor, state: LayerState) -> Tensor:
+        conv_weight, D = self.constants()
+        in_proj, out_proj, norm, layout = self.in_proj, self.out_proj, self.norm, self.layout
+        y = step_mixer(
+            linear(hidden.squeeze(1), in_proj.weight, in_proj.bias), state.conv, None, conv_weight, self.conv1d.bias,
+            None, None, D.view(layout.nheads, layout.headdim), None if norm is None else norm.weight,
+            headdim=layout.headdim, dstate=0, norm_segments=self._norm_segments,
+            norm_before_gate=self.norm_before_gate)
+        return linear(y, out_proj.weight, out_proj.bias).unsqueeze(1)
 
     def _finish_probed(self, x: Tensor, z: Tensor, D: Tensor) -> Tensor:
         probe = self.probe

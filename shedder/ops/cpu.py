@@ -110,10 +110,12 @@ def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Te
     return y
 
 
-def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor, conv_bias: Tensor | None,
-               dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor,
-               segments: list[int], eps: list[float], norm_before_gate: bool, dt_min: float, dt_max: float) -> Tensor:
-    y = zxbcdt.new_empty(zxbcdt.shape[0], A.shape[0] * ssm_state.shape[2])
+def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+               conv_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor | None, D: Tensor,
+               norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor, segments: list[int], eps: list[float],
+               norm_before_gate: bool, dt_min: float, dt_max: float) -> Tensor:
+    states = 0 if ssm_state is None else ssm_state.shape[3]
+    y = zxbcdt.new_empty(zxbcdt.shape[0], conv_weight.shape[0] - 2 * ngroups * states)
     torch.ops.shedder_cpu.step_mixer.default(
         zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, ngroups,
         _numbers(head_to_group), segments, eps, norm_before_gate, dt_min, dt_max, y)

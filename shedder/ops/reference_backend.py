@@ -83,15 +83,22 @@ def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Te
     return y
 
 
-def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor, conv_bias: Tensor | None,
-               dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor,
-               segments: list[int], eps: list[float], norm_before_gate: bool, dt_min: float, dt_max: float) -> Tensor:
-    batch, heads, headdim, dstate = ssm_state.shape
-    inner, states = heads * headdim, ngroups * dstate
+def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+               conv_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor | None, D: Tensor,
+               norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor, segments: list[int], eps: list[float],
+               norm_before_gate: bool, dt_min: float, dt_max: float) -> Tensor:
+    batch, heads, dstate = zxbcdt.shape[0], D.shape[0], 0 if ssm_state is None else ssm_state.shape[3]
+    states = ngroups * dstate
+    inner = conv_weight.shape[0] - 2 * states
+    headdim = inner // heads
     out = torch.empty(batch, inner, dtype=zxbcdt.dtype, device=zxbcdt.device)
     if not out.numel():
         return out
-    z, xBC, dt = zxbcdt[:, :2 * inner + 2 * states + heads].split([inner, inner + 2 * states, heads], dim=-1)
+    if A is None:                                       # a removed SSM is one without states, at any step size
+        dt, A = zxbcdt.new_zeros(batch, heads), zxbcdt.new_zeros(heads)
+    else:
+        dt = zxbcdt[:, 2 * (inner + states):][:, :heads]
+    z, xBC = zxbcdt[:, :2 * (inner + states)].split([inner, inner + 2 * states], dim=-1)
     xBC, new_conv = reference.causal_conv1d_update(xBC[..., None], conv_state, conv_weight, conv_bias, "silu")
     x, B, C = xBC[..., 0].split([inner, states, states], dim=-1)
     gate = z.unflatten(-1, (heads, headdim))[:, None]
@@ -104,7 +111,8 @@ def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weigh
         y = reference.gated_rmsnorm(y, norm_weight, None, z, segments=segments, eps=eps,
                                     norm_before_gate=norm_before_gate)
     conv_state.copy_(new_conv)
-    ssm_state.copy_(new_ssm)
+    if ssm_state is not None:
+        ssm_state.copy_(new_ssm)
     return out.copy_(y)
 
 

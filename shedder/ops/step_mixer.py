@@ -1,4 +1,4 @@
-"""One decode step of a Mamba-2 mixer between its projections: convolution, state, gate and norm."""
+"""One decode step of a Mamba-2 mixer between its projections: convolution, state if there is one, gate and norm."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shedder.ops.backend import Explanation, Facts, decide_or_compose
@@ -30,38 +31,46 @@ from shedder.reference import discrete_dt
 PARTS = "causal_conv1d_update, state_update, gated_rmsnorm"
 
 
-def _facts(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor, conv_bias: Tensor | None,
-           dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor,
-           segments: Sequence[int], eps: Sequence[float], norm_before_gate: bool, dt_min: float,
-           dt_max: float) -> Facts:
-    heads, headdim, dstate = ssm_state.shape[1:]
+def _inner(ssm_state: Tensor | None, conv_weight: Tensor, ngroups: int) -> int:
+    return conv_weight.shape[0] - (0 if ssm_state is None else 2 * ngroups * ssm_state.shape[3])
+
+
+def _facts(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+           conv_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor | None, D: Tensor, norm_weight: Tensor | None,
+           ngroups: int, head_to_group: Tensor, segments: Sequence[int], eps: Sequence[float], norm_before_gate: bool,
+           dt_min: float, dt_max: float) -> Facts:
+    heads = D.shape[0]
     return (("device", zxbcdt.device.type), ("dtype", zxbcdt.dtype), ("batch", zxbcdt.shape[0]), ("length", 1),
-            ("heads", heads), ("headdim", headdim), ("dstate", dstate), ("groups", ngroups),
-            ("width", conv_weight.shape[1]), ("weight_dtype", conv_weight.dtype), ("state_dtype", ssm_state.dtype),
-            ("segments", tuple(segments)))
+            ("heads", heads), ("headdim", _inner(ssm_state, conv_weight, ngroups) // heads),
+            ("dstate", 0 if ssm_state is None else ssm_state.shape[3]), ("groups", ngroups),
+            ("width", conv_weight.shape[1]), ("weight_dtype", conv_weight.dtype),
+            ("state_dtype", None if ssm_state is None else ssm_state.dtype), ("segments", tuple(segments)))
 
 
-def _fake(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, *_: object) -> Tensor:
-    return zxbcdt.new_empty(zxbcdt.shape[0], ssm_state.shape[1] * ssm_state.shape[2])
+def _fake(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor, conv_bias: Tensor | None,
+          dt_bias: Tensor | None, A: Tensor | None, D: Tensor, norm_weight: Tensor | None, ngroups: int,
+          *_: object) -> Tensor:
+    return zxbcdt.new_empty(zxbcdt.shape[0], _inner(ssm_state, conv_weight, ngroups))
 
 
-def _check_values(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor,
-                  conv_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor | None,
-                  ngroups: int, head_to_group: Tensor, *_: object) -> None:
+def _check_values(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+                  conv_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor | None, D: Tensor,
+                  norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor, *_: object) -> None:
     check_group_map("head_to_group", head_to_group, ngroups)
 
 
 _step_mixer = register(
     "step_mixer",
-    "Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor conv_weight, Tensor? conv_bias, "
-    "Tensor dt_bias, Tensor A, Tensor D, Tensor? norm_weight, int ngroups, Tensor head_to_group, int[] segments, "
+    "Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!)? ssm_state, Tensor conv_weight, Tensor? conv_bias, "
+    "Tensor? dt_bias, Tensor? A, Tensor D, Tensor? norm_weight, int ngroups, Tensor head_to_group, int[] segments, "
     "float[] eps, bool norm_before_gate, float dt_min, float dt_max", "Tensor",
     facts=_facts, fake=_fake, check_values=_check_values)
 
 
-def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor, conv_bias: Tensor | None,
-               dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor | None = None, *, headdim: int, ngroups: int,
-               dstate: int, head_to_group: GroupMap = None,
+def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+               conv_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor | None, D: Tensor,
+               norm_weight: Tensor | None = None, *, headdim: int, ngroups: int = 1, dstate: int,
+               head_to_group: GroupMap = None,
                norm_segments: Sequence[tuple[int, float]] | None = None, norm_before_gate: bool = True,
                dt_limit: tuple[float, float] = (0.0, math.inf), row_padding: int = 0,
                backend: str | None = None) -> Tensor:
@@ -71,15 +80,17 @@ def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weigh
         dt = clamp(softplus(dt + dt_bias), *dt_limit)   h = exp(dt A) h + dt B x        y = sum_n C h + D x
         norm(y silu(z)), or norm(y) silu(z) with norm_before_gate, or y silu(z) without a norm
 
+    A removed SSM has dstate 0 and None for ssm_state, dt_bias and A: [z | x | padding] = zxbcdt, and y = D x.
+
     One call where a backend has it in one kernel. Elsewhere (explain tells where, and why) causal_conv1d_update,
     selective_state_update and rmsnorm_fn run one after another, each on the backend that it would take by itself.
 
     Args:
         zxbcdt: (B, 2HP + 2GN + H + row_padding), columns [z | x | B | C | dt | padding], rows at any distance.
         conv_state: (B, HP + 2GN, K) with K >= W-1 as zxbcdt, the last K inputs, oldest first, any strides.
-        ssm_state: (B, H, P, N), fp32, bf16, fp16.
+        ssm_state: (B, H, P, N), fp32, bf16, fp16; None if dstate is 0.
         conv_weight: (HP + 2GN, W) with W from 1 to 4. conv_bias: (HP + 2GN,) as conv_weight.
-        dt_bias, A: (H,). D: (H,) or (H, P). norm_weight: (HP,); None gates y without a norm.
+        dt_bias, A: (H,); None if dstate is 0. D: (H,) or (H, P). norm_weight: (HP,); None gates y without a norm.
         headdim, ngroups, dstate: P, G and N.
         head_to_group: (H,) integers, the group that each head reads: a tuple, a list or a tensor.
             None gives each group an equal run.
@@ -92,7 +103,7 @@ def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weigh
     tensors = (zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight)
     segments = () if norm_segments is None else tuple([(size, eps) for size, eps in norm_segments])
     decision = _check_and_decide(tensors, headdim, ngroups, dstate, segments, row_padding, tuple(dt_limit), backend)
-    group_map = as_group_map("head_to_group", head_to_group, A.shape[0], ngroups, zxbcdt.device, "heads")
+    group_map = as_group_map("head_to_group", head_to_group, D.shape[0], ngroups, zxbcdt.device, "heads")
     if decision.backend == "composed":
         record(decision)
         return _composed(*tensors, headdim, ngroups, dstate, group_map, segments, norm_before_gate, dt_limit, backend)
@@ -105,15 +116,30 @@ def _check_and_decide(tensors: tuple[Any, ...], headdim: int, ngroups: int, dsta
                       row_padding: int, dt_limit: tuple[float, float], backend: str | None) -> Explanation:
     zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight = tensors
     check_shape("zxbcdt", zxbcdt, (None, None), "(B, columns)")
-    check_shape("A", A, (None,), "(H,)")
     check_size("headdim", headdim, 1, 256)
     check_size("ngroups", ngroups, 1, 1 << 20)
-    check_size("dstate", dstate, 1, MAX_STATES)
+    check_size("dstate", dstate, 0, MAX_STATES)
     check_size("row_padding", row_padding, 0, 1 << 20)
-    batch, heads = zxbcdt.shape[0], A.shape[0]
+    if dstate:
+        check_shape("A", A, (None,), "(H,)")
+    heads = A.shape[0] if dstate else getattr(D, "shape", (0,))[0]
+    if not isinstance(D, Tensor) or tuple(D.shape) not in ((heads,), (heads, headdim)):
+        raise ValueError(f"D has shape {tuple(getattr(D, 'shape', ()))}; accepted: (H,) or (H, P) = "
+                         f"({heads},) or ({heads}, {headdim})")
+    batch = zxbcdt.shape[0]
     inner = heads * headdim
     channels = inner + 2 * ngroups * dstate
-    check_shape("zxbcdt", zxbcdt, (batch, inner + channels + heads + row_padding), "(B, 2HP + 2GN + H + row_padding)")
+    if dstate:
+        check_shape("zxbcdt", zxbcdt, (batch, inner + channels + heads + row_padding),
+                    "(B, 2HP + 2GN + H + row_padding)")
+        check_shape("ssm_state", ssm_state, (batch, heads, headdim, dstate), "(B, H, P, N)")
+        check_shape("dt_bias", dt_bias, (heads,), "(H,)")
+        check_dtype("ssm_state", ssm_state, FLOATS)
+    else:
+        check_shape("zxbcdt", zxbcdt, (batch, 2 * inner + row_padding), "(B, 2HP + row_padding)")
+        for name, value in (("ssm_state", ssm_state), ("A", A), ("dt_bias", dt_bias)):
+            if value is not None:
+                raise ValueError(f"{name} is given, but dstate is 0; accepted: None")
     check_shape("conv_weight", conv_weight, (channels, None), "(HP + 2GN, W)")
     width = conv_weight.shape[1]
     check_size("W (conv_weight.shape[1])", width, 1, 4)
@@ -121,11 +147,6 @@ def _check_and_decide(tensors: tuple[Any, ...], headdim: int, ngroups: int, dsta
     if conv_state.shape[2] < width - 1:
         raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}; accepted: (B, HP + 2GN, K) with "
                          f"K >= {width - 1}")
-    check_shape("ssm_state", ssm_state, (batch, heads, headdim, dstate), "(B, H, P, N)")
-    check_shape("dt_bias", dt_bias, (heads,), "(H,)")
-    if not isinstance(D, Tensor) or tuple(D.shape) not in ((heads,), (heads, headdim)):
-        raise ValueError(f"D has shape {tuple(getattr(D, 'shape', ()))}; accepted: (H,) or (H, P) = "
-                         f"({heads},) or ({heads}, {headdim})")
     if conv_bias is not None:
         check_shape("conv_bias", conv_bias, (channels,), "(HP + 2GN,)")
         check_dtype("conv_bias", conv_bias, (conv_weight.dtype,), ", the dtype of conv_weight")
@@ -141,40 +162,46 @@ def _check_and_decide(tensors: tuple[Any, ...], headdim: int, ngroups: int, dsta
     if not 0 <= low <= high:
         raise ValueError(f"dt_limit is {dt_limit}; accepted: two numbers, 0 <= low <= high")
     check_dtype("zxbcdt", zxbcdt, FLOATS)
-    check_dtype("ssm_state", ssm_state, FLOATS)
     check_dtype("conv_state", conv_state, (zxbcdt.dtype,), ", the dtype of zxbcdt")
     check_parameter("zxbcdt", zxbcdt, conv_weight=conv_weight, dt_bias=dt_bias, A=A, D=D, norm_weight=norm_weight)
     check_same_device("zxbcdt", zxbcdt, conv_state=conv_state, ssm_state=ssm_state, conv_weight=conv_weight,
                       conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D, norm_weight=norm_weight)
-    facts = _facts(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, ngroups, A,
+    facts = _facts(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, ngroups, D,
                    [size for size, _ in segments], [], True, low, high)
     # No choice depends on the batch, which torch.compile may keep open.
     return decide_or_compose("step_mixer", PARTS, backend or "auto",
                              tuple(("batch", 1) if name == "batch" else (name, value) for name, value in facts))
 
 
-def _composed(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, conv_weight: Tensor, conv_bias: Tensor | None,
-              dt_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor | None, headdim: int, ngroups: int,
-              dstate: int, head_to_group: Tensor, segments: tuple[tuple[int, float], ...], norm_before_gate: bool,
-              dt_limit: tuple[float, float], backend: str | None) -> Tensor:
-    batch, heads = zxbcdt.shape[0], A.shape[0]
+def _composed(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+              conv_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor | None, D: Tensor,
+              norm_weight: Tensor | None, headdim: int, ngroups: int, dstate: int, head_to_group: Tensor,
+              segments: tuple[tuple[int, float], ...], norm_before_gate: bool, dt_limit: tuple[float, float],
+              backend: str | None) -> Tensor:
+    batch, heads = zxbcdt.shape[0], D.shape[0]
     inner, states = heads * headdim, ngroups * dstate
-    z, xBC, dt = zxbcdt[:, :2 * inner + 2 * states + heads].split([inner, inner + 2 * states, heads], dim=-1)
+    z, xBC = zxbcdt[:, :2 * (inner + states)].split([inner, inner + 2 * states], dim=-1)
     xBC = causal_conv1d_update(xBC, conv_state, conv_weight, conv_bias, "silu", backend=backend)
     x, B, C = xBC.split([inner, states, states], dim=-1)
     per_head = (heads, headdim)
-    bias: Tensor | None = dt_bias[:, None].expand(per_head)
-    is_limited = tuple(dt_limit) != (0.0, math.inf)
-    if is_limited:                                      # the state update knows no limit
-        dt, bias = discrete_dt(dt, dt_bias, True, dt_limit, torch.promote_types(A.dtype, torch.float32)), None
-    y = selective_state_update(
-        ssm_state, x.view(batch, *per_head), dt[..., None].expand(batch, *per_head),
-        A[:, None, None].expand(*per_head, dstate), B.view(batch, ngroups, dstate), C.view(batch, ngroups, dstate),
-        D[:, None].expand(per_head) if D.dim() == 1 else D,
-        z=z.view(batch, *per_head) if norm_weight is None else None, dt_bias=bias, dt_softplus=not is_limited,
-        head_to_group=head_to_group, backend=backend).view(batch, inner)
-    if norm_weight is None:
-        return y
+    D = D[:, None].expand(per_head) if D.dim() == 1 else D
+    if ssm_state is None or A is None or dt_bias is None:
+        y = (x.view(batch, *per_head) * D).to(x.dtype).view(batch, inner)
+        if norm_weight is None:
+            return y * F.silu(z)
+    else:
+        dt = zxbcdt[:, 2 * (inner + states):][:, :heads]
+        bias: Tensor | None = dt_bias[:, None].expand(per_head)
+        is_limited = tuple(dt_limit) != (0.0, math.inf)
+        if is_limited:                                  # the state update knows no limit
+            dt, bias = discrete_dt(dt, dt_bias, True, dt_limit, torch.promote_types(A.dtype, torch.float32)), None
+        y = selective_state_update(
+            ssm_state, x.view(batch, *per_head), dt[..., None].expand(batch, *per_head),
+            A[:, None, None].expand(*per_head, dstate), B.view(batch, ngroups, dstate),
+            C.view(batch, ngroups, dstate), D, z=z.view(batch, *per_head) if norm_weight is None else None,
+            dt_bias=bias, dt_softplus=not is_limited, head_to_group=head_to_group, backend=backend).view(batch, inner)
+        if norm_weight is None:
+            return y
     return rmsnorm_fn(y, norm_weight, None, z=z, norm_before_gate=norm_before_gate,
                       segments=[size for size, _ in segments], segment_eps=[eps for _, eps in segments],
                       backend=backend)
