@@ -1,171 +1,61 @@
-"""Trains the byte-level Mamba-2 language model that ships with shedder, on one GPU, in a given time.
+"""Trains the byte-level language models that ship with shedder, each on one GPU, in a given time.
 
-    python demo/train.py --data demo/data --out demo/out --minutes 9
-    python demo/train.py --data demo/data --out /tmp/smoke --steps 3 --batch 2 --length 256     # on a CPU
+    python demo/train.py --family mamba1 --data demo/data --out demo/out --minutes 9
+    python demo/train.py --family mamba1 --data demo/data --out /tmp/smoke --steps 3 --batch 2 --length 256   # on a CPU
 
-The training path is a function of LanguageModel's parameters in plain PyTorch: the SSD in its
-chunked form (matrix products that autograd differentiates), the convolution as shifted products,
-so that torch.compile fuses everything between the matrix products. tests/test_demo_data.py holds its
-logits against LanguageModel's own. Weights are fp32, matrix products bf16, the residual fp32.
+A run that was killed goes on where its last snapshot was when it is started again with the same --out.
+paths.py says how logits and loss are computed.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # runs from a checkout too
 
-from shedder.layout import NormSegment, SSDLayout
+from paths import CHUNK, PATHS, TrainingPath
+
+from shedder.layout import LayerLayout, NormSegment, ScanLayout, SSDLayout
 from shedder.nn import LanguageModel, ModelConfig
 
-CHUNK = 64                                              # Q of the chunked SSD
 MEASURED_STEPS = 60                                     # the first of them compile; the rest give the step time
 RESERVE_SECONDS = 30.0                                  # for the last evaluations, the sample and the files
 MAX_CHECKPOINT_BYTES = 8_000_000
 EVAL_BYTES = 1 << 20
+FP32_NAMES = ("A_log", ".D", "dt_bias", "dt_proj.bias")
 
 
-def model_config(d_model: int = 224, layers: int = 11, headdim: int = 32, dstate: int = 64) -> ModelConfig:
-    """The shipped model: 3.76 M parameters, 7.52 MB in bf16."""
-    heads = 2 * d_model // headdim
-    layout = SSDLayout(headdim=headdim, dstate=dstate, ngroups=1, head_to_group=(0,) * heads,
-                       norm_segments=(NormSegment(heads * headdim, 1e-5),))
-    return ModelConfig(family="mamba2", d_model=d_model, vocab_size=256, layers=(layout,) * layers)
+def model_config(family: str, d_model: int = 224, layers: int = 11) -> ModelConfig:
+    """The shipped models: 3.78 M parameters (mamba1) and 3.76 M (mamba2), under 8 MB in bf16."""
+    layout: LayerLayout
+    if family == "mamba1":
+        layout = ScanLayout(d_inner=2 * d_model, dstate=16, dt_rank=math.ceil(d_model / 16))
+    else:
+        heads = 2 * d_model // 32
+        layout = SSDLayout(headdim=32, dstate=64, ngroups=1, head_to_group=(0,) * heads,
+                           norm_segments=(NormSegment(32 * heads, 1e-5),))
+    return ModelConfig(family=family, d_model=d_model, vocab_size=256, layers=(layout,) * layers)
 
 
 def checkpoint_bytes(model: LanguageModel) -> int:
-    """Bytes of the tensors once saved: bf16, but A_log, D and dt_bias in fp32."""
-    return sum(p.numel() * (4 if name.endswith(("A_log", ".D", "dt_bias")) else 2)
+    """Bytes of the tensors once saved: bf16, but A_log, D and the bias of dt in fp32."""
+    return sum(p.numel() * (4 if name.endswith(FP32_NAMES) else 2)
                for name, p in model.named_parameters())
-
-
-# The training path.
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def chunked_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> Tensor:
-    """y (B, L, H, P) of shedder.reference.ssd with one group, dt as it acts, L a multiple of `chunk`.
-
-        s[i]    = sum of dt A up to i, within the chunk
-        y[i]    = sum_{j <= i} exp(s[i] - s[j]) (C[i].B[j]) dt[j] x[j]  +  exp(s[i]) C[i].h
-        h'      = exp(s[Q]) h + sum_j exp(s[Q] - s[j]) dt[j] x[j] B[j]^T            h of the chunk before
-    """
-    batch, length, heads, headdim = x.shape
-    count, dstate = length // chunk, B.shape[-1]
-    x = x.reshape(batch, count, chunk, heads, headdim)
-    B, C = (M.reshape(batch, count, chunk, dstate) for M in (B, C))
-    dt = dt.reshape(batch, count, chunk, heads).transpose(2, 3)                     # (B, c, H, Q), fp32
-    s = torch.cumsum(dt * A[:, None], dim=-1)
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    decay = (s[..., :, None] - s[..., None, :]).masked_fill(later, -torch.inf).exp()
-    scores = (C @ B.transpose(-1, -2)).float()                                      # (B, c, Q, Q)
-    weights = (scores[:, :, None] * decay * dt[..., None, :]).to(x.dtype)           # (B, c, H, Q, Q)
-    inside = weights @ x.transpose(2, 3)                                            # (B, c, H, Q, P)
-
-    to_end = ((s[..., -1:] - s).exp() * dt).transpose(2, 3)                         # (B, c, Q, H)
-    gathered = (x * to_end[..., None]).to(x.dtype).flatten(3).transpose(2, 3) @ B   # (B, c, H P, N)
-    total = torch.cumsum(s[..., -1], dim=1).transpose(1, 2)                         # (B, H, c), to a chunk's end
-    before = F.pad(total, (1, 0))[..., :-1]
-    not_before = torch.ones(count, count, dtype=torch.bool, device=x.device).triu()
-    passing = (before[..., :, None] - total[..., None, :]).masked_fill(not_before, -torch.inf).exp()
-    per_head = gathered.reshape(batch, count, heads, headdim * dstate).transpose(1, 2)
-    h = (passing.to(x.dtype) @ per_head).transpose(1, 2).reshape(batch, count, heads * headdim, dstate)
-    across = (C @ h.transpose(-1, -2)).reshape(batch, count, chunk, heads, headdim)
-    y = inside.transpose(2, 3).float() + across.float() * s.exp().transpose(2, 3)[..., None]
-    return y.reshape(batch, length, heads, headdim)
-
-
-def block_forward(residual: Tensor, norm: Tensor, in_proj: Tensor, conv: Tensor, conv_bias: Tensor, dt_bias: Tensor,
-                  A_log: Tensor, D: Tensor, gated_norm: Tensor, out_proj: Tensor, headdim: int, dstate: int,
-                  eps: float, chunk: int, dtype: torch.dtype) -> Tensor:
-    """One Mamba-2 block on the fp32 residual (B, L, d_model); matrix products in `dtype`."""
-    heads = dt_bias.shape[0]
-    d_inner, rows = heads * headdim, in_proj.shape[0]
-    in_proj = F.pad(in_proj, (0, 0, 0, -rows % 8))      # aligned rows of the product
-    hidden = F.linear(rms_norm(residual, norm, eps).to(dtype), in_proj.to(dtype))
-    conv_channels = d_inner + 2 * dstate
-    z, xBC, dt = hidden[..., :rows].split([d_inner, conv_channels, heads], dim=-1)
-    width, length = conv.shape[-1], xBC.shape[1]
-    past = F.pad(xBC, (0, 0, width - 1, 0)).float()
-    xBC = F.silu(sum((past[:, k:k + length] * conv[:, 0, k] for k in range(width)), start=conv_bias)).to(dtype)
-    x, B, C = xBC.split([d_inner, dstate, dstate], dim=-1)
-    x = x.unflatten(-1, (heads, headdim))
-    step = F.softplus(dt.float() + dt_bias)
-    y = chunked_ssd(x, step, -A_log.exp(), B, C, chunk) + D[:, None] * x.float()
-    y = rms_norm(y.flatten(2) * F.silu(z.float()), gated_norm, eps)
-    return residual + F.linear(y.to(dtype), out_proj.to(dtype)).float()
-
-
-BLOCK_PARAMETERS = ("norm.weight", "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias", "mixer.dt_bias",
-                    "mixer.A_log", "mixer.D", "mixer.norm.weight", "mixer.out_proj.weight")
-
-
-class TrainingPath:
-    """Logits of a LanguageModel of equal one-group SSD layers, by the functions above."""
-
-    def __init__(self, model: LanguageModel, dtype: torch.dtype, chunk: int = CHUNK) -> None:
-        config = model.config
-        layouts = [layout for layout in config.layers if isinstance(layout, SSDLayout)]
-        if len(layouts) != len(config.layers) or any(
-                layout.ngroups != 1 or len(layout.norm_segments) != 1 or layout.norm_segments[0].eps != config.norm_eps
-                for layout in layouts) or not config.tie_embeddings:
-            raise ValueError("model has layers that the training path does not know; accepted: SSD layers of one group "
-                             "with one norm segment of the model's eps, and tied embeddings")
-        parameters = dict(model.named_parameters())
-        self.blocks = [[parameters[f"backbone.layers.{index}.{name}"] for name in BLOCK_PARAMETERS]
-                       for index in range(len(layouts))]
-        self.embedding = parameters["backbone.embedding.weight"]
-        self.norm = parameters["backbone.norm_f.weight"]
-        self.headdim, self.dstate, self.eps = layouts[0].headdim, layouts[0].dstate, config.norm_eps
-        self.dtype, self.chunk = dtype, chunk
-        self.block: Callable[..., Tensor] = block_forward
-        self.loss_of: Callable[..., Tensor] = head_loss
-
-    def compile(self) -> None:
-        """One graph for a block and one for the head: all blocks share it, so that compiling takes seconds."""
-        self.block = torch.compile(block_forward, dynamic=False)
-        self.loss_of = torch.compile(head_loss, dynamic=False)
-
-    def eager(self) -> None:
-        self.block, self.loss_of = block_forward, head_loss
-
-    def hidden(self, tokens: Tensor, removed: Sequence[int] = ()) -> Tensor:
-        residual = F.embedding(tokens, self.embedding).float()
-        for index, parameters in enumerate(self.blocks):
-            if index not in removed:
-                residual = self.block(residual, *parameters, self.headdim, self.dstate, self.eps, self.chunk,
-                                      self.dtype)
-        return residual
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        return head_logits(self.hidden(tokens), self.norm, self.embedding, self.eps, self.dtype)
-
-    def loss(self, tokens: Tensor, targets: Tensor, removed: Sequence[int] = ()) -> Tensor:
-        return self.loss_of(self.hidden(tokens, removed), self.norm, self.embedding, self.eps, self.dtype, targets)
-
-
-def head_logits(residual: Tensor, norm: Tensor, embedding: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return F.linear(rms_norm(residual, norm, eps).to(dtype), embedding.to(dtype)).float()
-
-
-def head_loss(residual: Tensor, norm: Tensor, embedding: Tensor, eps: float, dtype: torch.dtype,
-              targets: Tensor) -> Tensor:
-    return F.cross_entropy(head_logits(residual, norm, embedding, eps, dtype).flatten(0, 1), targets.flatten())
 
 
 # Optimisation.
@@ -179,8 +69,10 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 200) -> floa
 
 
 def make_optimizer(model: LanguageModel, weight_decay: float) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.dim() == 2 and not name.endswith("A_log") else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=model.device.type == "cuda")
 
@@ -214,16 +106,45 @@ def sample_text(path: TrainingPath, prompt: str, count: int, temperature: float,
     random = torch.Generator(device=device).manual_seed(seed)
     tokens = list(prompt.encode())
     for _ in range(count):
-        padded = tokens + [0] * (-len(tokens) % path.chunk)
+        padded = tokens + [0] * (-len(tokens) % path.multiple)
         logits = path.logits(torch.tensor([padded], device=device))[0, len(tokens) - 1]
         tokens.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)))
     return bytes(tokens).decode(errors="replace")
 
 
+# Snapshots: the weights, the moments of AdamW, the generator of windows, and how far the run is.
+
+def save_snapshot(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, train: Windows,
+                  progress: dict[str, Any]) -> None:
+    tensors = {"random": train.random.get_state()}
+    for name, parameter in model.named_parameters():
+        tensors[f"weight.{name}"] = parameter.detach()
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"progress": json.dumps(progress)})
+    os.replace(part, path)
+
+
+@torch.no_grad()
+def load_snapshot(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, train: Windows) -> dict[str, Any]:
+    """Writes the snapshot into model, optimizer and train; returns its progress."""
+    with safe_open(path, framework="pt") as file:
+        train.random.set_state(file.get_tensor("random"))
+        for name, parameter in model.named_parameters():
+            weight = file.get_tensor(f"weight.{name}")
+            if weight.shape != parameter.shape:
+                raise ValueError(f"{path}: {name} is {tuple(weight.shape)}; this run has {tuple(parameter.shape)}. "
+                                 "Give the options that it was started with, or another --out")
+            parameter.copy_(weight)
+            optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}").to(parameter.device)
+                                          for key in ("step", "exp_avg", "exp_avg_sq")}
+        return json.loads(file.metadata()["progress"])
+
+
 # Results.
 
 def save(model: LanguageModel, folder: Path, provenance: dict[str, Any]) -> None:
-    """The model as it ships: bf16, with A_log, D and dt_bias in fp32."""
+    """The model as it ships: bf16, with A_log, D and the bias of dt in fp32."""
     shipped = LanguageModel(model.config, initialise=False)
     shipped.load_state_dict(model.state_dict())
     shipped = shipped.to(torch.bfloat16)
@@ -233,11 +154,25 @@ def save(model: LanguageModel, folder: Path, provenance: dict[str, Any]) -> None
         shipped.save_pretrained(folder)
     except Exception as error:                          # the weights of a paid run must not be lost to a bug in saving
         print(f"save_pretrained failed ({error!r}); writing plain safetensors", flush=True)
-        from safetensors.torch import save_file
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().contiguous() for name, p in shipped.named_parameters()}
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({"model": model.config.to_json(), "provenance": provenance}))
+
+
+def write_csv(curve: dict[str, Any], path: Path) -> None:
+    """Bits per byte of the training batches and of the held-out text, one row per step that was looked at."""
+    rows: dict[int, dict[str, str]] = {}
+    for row in curve["train"]:
+        rows.setdefault(row["step"], {})["training"] = f"{row['loss'] / math.log(2):.4f}"
+    for row in curve["heldout"]:
+        rows.setdefault(row["step"], {})["heldout"] = f"{row['bits_per_byte']:.4f}"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "bytes_read", "training_bits_per_byte", "heldout_bits_per_byte"])
+        for step in sorted(rows):
+            writer.writerow([step, step * curve["batch"] * curve["length"], rows[step].get("training", ""),
+                             rows[step].get("heldout", "")])
 
 
 def plot(curve: dict[str, Any], path: Path) -> None:
@@ -264,12 +199,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(options.device)
     is_cuda = device.type == "cuda"
     torch.manual_seed(options.seed)
-    model = LanguageModel(model_config(options.d_model, options.layers)).to(device)
+    model = LanguageModel(model_config(options.family, options.d_model, options.layers)).to(device)
     size = checkpoint_bytes(model)
     if size + 16_384 > MAX_CHECKPOINT_BYTES:            # and the header of the file
         raise ValueError(f"d_model {options.d_model} and layers {options.layers} give a checkpoint of {size} bytes; "
                          f"accepted: up to {MAX_CHECKPOINT_BYTES}")
-    path = TrainingPath(model, torch.bfloat16 if is_cuda else torch.float32)
+    path = PATHS[options.family](model, torch.bfloat16 if is_cuda else torch.float32)
     if is_cuda and options.compile:
         path.compile()
     train = Windows(options.data / "train.bin", device, options.seed)
@@ -279,12 +214,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     parameters = list(model.parameters())
     count = sum(p.numel() for p in parameters)
     gpu = torch.cuda.get_device_name(device) if is_cuda else "CPU"
-    print(f"{gpu}, torch {torch.__version__}: {count:,} parameters, checkpoint {size:,} bytes, "
+    print(f"{gpu}, torch {torch.__version__}, {options.family}: {count:,} parameters, checkpoint {size:,} bytes, "
           f"{train.text.numel():,} bytes of text, batches of {options.batch} x {options.length}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    curve: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "parameters": count, "checkpoint_bytes": size,
-                             "train_bytes": train.text.numel(), "batch": options.batch, "length": options.length,
-                             "peak_lr": options.lr, "seed": options.seed, "train": [], "heldout": []}
+    curve: dict[str, Any] = {"family": options.family, "gpu": gpu, "torch": torch.__version__, "parameters": count,
+                             "checkpoint_bytes": size, "train_bytes": train.text.numel(), "batch": options.batch,
+                             "length": options.length, "peak_lr": options.lr, "seed": options.seed,
+                             "train": [], "heldout": []}
 
     def train_step(lr: float) -> Tensor:
         for group in optimizer.param_groups:
@@ -306,15 +242,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         (options.out / "curve.json").write_text(json.dumps(curve, indent=1))
         return loss
 
-    # Compiling takes seconds of the first step; the number of steps is fixed once the step time is known.
-    total = options.steps or 10**9
-    step, loss_sum, since, measured_from = 0, torch.zeros((), device=device), 0, 0.0
+    unknown = 10**9                                     # steps, until the time of one is known
+    step, total = 0, options.steps or unknown
+    snapshot = options.out / "snapshot.safetensors"
+    same_run = [options.family, options.d_model, options.layers, options.batch, options.length, options.lr,
+                options.weight_decay, options.seed, options.steps, options.minutes]
+    if snapshot.exists():
+        progress = load_snapshot(snapshot, model, optimizer, train)
+        if progress["run"] != same_run:
+            raise ValueError(f"{snapshot} is of a run with {progress['run']}; this one has {same_run}. "
+                             "Give the options that it was started with, or another --out")
+        step, total, curve = progress["step"], progress["total"], progress["curve"]
+        started -= progress["seconds"]
+        deadline -= progress["seconds"]
+        print(f"going on from step {step} of {snapshot}", flush=True)
+
+    first = step                                        # of this process
+    loss_sum, since, timed_from, saved_at = torch.zeros((), device=device), 0, 0.0, time.monotonic()
     while step < total:
         lr = learning_rate(step, total, options.lr)
         try:
             loss = train_step(lr)
         except Exception as error:
-            if step > 0 or path.block is block_forward:
+            if step > first or not path.is_compiled:
                 raise
             print(f"torch.compile failed, going on without it: {str(error)[:800]}", flush=True)
             path.eager()
@@ -322,17 +272,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         step += 1
         loss_sum += loss
         since += 1
-        if step in (1, MEASURED_STEPS // 3):
-            if step > 1 and not options.steps:
+        # Compiling takes seconds of the first step; the number of steps is fixed once the step time is known.
+        if step - first in (1, MEASURED_STEPS // 3):
+            if step - first > 1 and not options.steps:
                 evaluate(step)                          # compiles the forward without gradients before time is taken
             elif is_cuda:
                 torch.cuda.synchronize()
             print(f"step {step}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
-            measured_from = time.monotonic()
-        if step == MEASURED_STEPS and not options.steps:
+            timed_from = time.monotonic()
+        if step - first == MEASURED_STEPS and total == unknown:
             loss.item()
             now = time.monotonic()
-            step_time = (now - measured_from) / (MEASURED_STEPS - MEASURED_STEPS // 3)
+            step_time = (now - timed_from) / (MEASURED_STEPS - MEASURED_STEPS // 3)
             total = step + max(1, int(0.97 * (deadline - now) / step_time))
             megabytes = options.batch * options.length / 1e6
             print(f"{1e3 * step_time:.1f} ms a step, {megabytes / step_time:.2f} MB/s: {total} steps, "
@@ -348,11 +299,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                   f"{seconds:.0f} s", flush=True)
             loss_sum.zero_()
             since = 0
-            if not options.steps and step > MEASURED_STEPS:     # a machine that slows down ends in time too
+            if not options.steps and step - first > MEASURED_STEPS:     # a machine that slows down ends in time too
                 now = time.monotonic()
-                pace = (now - measured_from) / (step - MEASURED_STEPS // 3)
+                pace = (now - timed_from) / (step - first - MEASURED_STEPS // 3)
                 if now + 0.99 * pace * (total - step) > deadline:
                     total = max(step + 1, step + int((deadline - now) / pace))
+            if time.monotonic() - saved_at > options.save_every:
+                saved_at = time.monotonic()
+                save_snapshot(snapshot, model, optimizer, train,
+                              {"run": same_run, "step": step, "total": total, "seconds": saved_at - started,
+                               "curve": curve})
         if total > 10 and step < total and step % max(1, total // 12) == 0:
             evaluate(step)
 
@@ -374,7 +330,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     curve["steps"], curve["bytes"] = step, step * options.batch * options.length
     curve["heldout_bits_per_byte"] = final / math.log(2)
     (options.out / "curve.json").write_text(json.dumps(curve, indent=1))
+    write_csv(curve, options.out / "curve.csv")
     plot(curve, options.out / "curve.png")
+    snapshot.unlink(missing_ok=True)
     if options.sample:
         path.eager()
         text = sample_text(path, "The kernel is a program that ", options.sample, 0.7, options.seed)
@@ -387,11 +345,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=sorted(PATHS), default="mamba2")
     parser.add_argument("--data", type=Path, default=here / "data", help="folder of train.bin and heldout.bin")
     parser.add_argument("--out", type=Path, default=here / "out", help="folder of model/, the curve and the sample")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (default: 9)")
     parser.add_argument("--steps", type=int, help="a fixed number of steps instead of --minutes")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64, help="windows a step")
     parser.add_argument("--length", type=int, default=1024, help=f"bytes per window, a multiple of {CHUNK}")
     parser.add_argument("--d-model", type=int, default=224)
     parser.add_argument("--layers", type=int, default=11)
@@ -399,6 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--eval-bytes", type=int, default=EVAL_BYTES)
+    parser.add_argument("--save-every", type=float, default=60.0, help="seconds between snapshots")
     parser.add_argument("--sample", type=int, default=300, help="bytes to generate at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,24 +1,13 @@
-"""The text and the training path of the shipped model."""
+"""The text that the shipped models are trained on."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
 import sys
 from pathlib import Path
-
-import numpy as np
-import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
 import data as demo_data
-import train as demo_train
-
-import shedder
-from shedder.nn import LanguageModel
 
 
 def test_html_keeps_sentences_and_drops_menus_and_scripts():
@@ -67,47 +56,3 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order():
     assert heldout != demo_data.split(documents, seed=1)[1]
     assert len(heldout) == 4
     assert sorted(train + heldout) == sorted(documents)
-
-
-@pytest.mark.parametrize(("chunk", "length"), [(64, 128), (8, 40)])
-def test_training_path_gives_the_logits_of_the_model(chunk, length):
-    torch.manual_seed(0)
-    model = LanguageModel(demo_train.model_config(d_model=32, layers=3, headdim=16, dstate=12))
-    with torch.no_grad():
-        for parameter in model.parameters():            # so that no norm, bias or gain is trivial
-            parameter += 0.05 * torch.randn_like(parameter)
-    tokens = torch.randint(256, (2, length))
-    expected = model(tokens)
-    actual = demo_train.TrainingPath(model, torch.float32, chunk).logits(tokens)
-    scale = expected.abs().max().item()
-    assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4 * scale)      # fp32, sums in another order
-
-
-def test_the_learning_rate_warms_up_and_ends_at_zero():
-    rates = [demo_train.learning_rate(step, 1000, 3e-3) for step in range(1000)]
-    assert rates[0] > 0
-    assert max(rates) == pytest.approx(3e-3)
-    assert rates[-1] == pytest.approx(0, abs=1e-12)
-    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
-    assert demo_train.learning_rate(0, 3, 1e-3) >= 0
-
-
-def test_the_shipped_model_fits_into_eight_megabytes():
-    model = LanguageModel(demo_train.model_config(), device="meta", initialise=False)
-    assert 7.0e6 < demo_train.checkpoint_bytes(model) < 8e6 - 16_384
-
-
-def test_a_few_steps_write_a_model_that_loads(tmp_path):
-    text = np.frombuffer((b"the cat sat on the mat. " * 400), dtype=np.uint8)
-    for name in ("train.bin", "heldout.bin"):
-        text.tofile(tmp_path / name)
-    options = ["--data", tmp_path, "--out", tmp_path / "out", "--device", "cpu", "--steps", 12, "--batch", 2,
-               "--length", 64, "--d-model", 32, "--layers", 3, "--eval-bytes", 1024, "--sample", 4, "--log-every", 4]
-    assert demo_train.main([str(option) for option in options]) == 0
-    curve = json.loads((tmp_path / "out/curve.json").read_text())
-    assert curve["train"][-1]["lr"] == pytest.approx(0, abs=1e-12)
-    assert curve["heldout"][-1]["loss"] < math.log(256)
-    assert len(curve["perplexity_rise_without_block"]) == 3
-    model = shedder.load(tmp_path / "out/model")
-    assert model.dtype == torch.bfloat16
-    assert model.layers[0].mixer.A_log.dtype == torch.float32
