@@ -51,7 +51,7 @@ def main() -> None:
     print("4. measuring on this machine")
     points = trajectory(dense, plan, heldout)
     models = {"dense": dense, "compacted": small}
-    times = latency.compare(models, prompt=512, tokens=32, rounds=5)
+    times = latency.compare(models, prompt=512, tokens=64, rounds=9)
     quality = {name: perplexity(model, heldout, length=512) for name, model in models.items()}
     _print_table(models, times, quality)
     plot(points, arguments.out / "search.png", _name(device))
