@@ -1,43 +1,51 @@
 """Reading and writing checkpoints: our own folders strictly, foreign ones through the families' adapters.
 
-Our format: config.json {"format": "shedder", "version": 1, "dtype", "model", "tokenizer", "plan",
-"provenance", "checksums"} and model.safetensors. The layouts in config.json say which tensors there
-are and of which shape; nothing is encoded by a missing key, and nothing is ever unpickled.
+Our format: safetensors files, and config.json with the fields of FIELDS. The layouts in it say which
+tensors there are and of which shape; nothing is encoded by a missing key. Digests (SHA-256) of every
+tensor, of every other file that belongs to the checkpoint and of config.json itself make sure that
+what is loaded is what was saved. Our folders are never read from a pickle.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
+import hashlib
 import json
-import os
-import pickle
+import re
 import shutil
-import tempfile
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shedder.atomic_folder import left_behind, link_or_copy, replacement
 from shedder.layout import LayoutError
 from shedder.models import find_source
 from shedder.models.family import CheckpointError
 from shedder.nn import LanguageModel, ModelConfig
 from shedder.text import TOKENIZER_FILES
+from shedder.weight_files import INDEX_SUFFIX, WEIGHTS, Declared, WeightFiles, is_plain_name, open_weights, read_json
 
 __all__ = ["CheckpointError", "expected_tensors", "load", "save_pretrained"]
 
-FORMAT, VERSION = "shedder", 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FIELDS = ("format", "version", "dtype", "model", "tokenizer", "plan", "provenance", "checksums")
+FORMAT, VERSION = "shedder", 2
+CONFIG = "config.json"
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "format": str, "version": int, "dtype": str, "model": dict,
+    "tokenizer": (str, type(None)),                     # "bytes", or null for the tokenizer files of the folder
+    "plan": (dict, type(None)), "provenance": dict,
+    "weights": list,                                    # the safetensors files
+    "tensors": dict, "files": dict,                     # digest by name: of tensors, of the other files
+    "digest": str,                                      # of all of the above
+}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TIED, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+MAX_LAYERS = 10_000
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 # ---- loading ----
@@ -57,26 +65,19 @@ def load(folder: str | Path, device: torch.device | str | None = None,
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype}; accepted: one of {tuple(DTYPES.values())}")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder{_left_behind(folder)}")
-    config = _read_json(folder / CONFIG)
-    model = _load_own(folder, config) if config.get("format") == FORMAT else _load_foreign(folder, config)
+        old = left_behind(folder)
+        raise CheckpointError(f"{folder}: not a folder"
+                              + (f"; an interrupted save left the previous checkpoint at {old}" if old else ""))
+    config = read_json(folder / CONFIG)
+    try:
+        model = _load_own(folder, config) if config.get("format") == FORMAT else _load_foreign(folder, config)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from error
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         model.tokenizer_folder = folder
     if device is not None or dtype is not None:
         model.to(device=device, dtype=dtype)
     return model.eval()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; a checkpoint folder holds {CONFIG} and the weights")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a {type(data).__name__}; accepted: an object")
-    return data
 
 
 def expected_tensors(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -85,80 +86,114 @@ def expected_tensors(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple
     return {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in skeleton.named_parameters()}
 
 
+def _expected(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    if len(config.layers) > MAX_LAYERS:
+        raise CheckpointError(f"{CONFIG}: model has {len(config.layers)} layers; accepted: up to {MAX_LAYERS}")
+    try:
+        return expected_tensors(config, dtype)
+    except (RuntimeError, TypeError, OverflowError) as error:       # sizes beyond 64 bits
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{CONFIG}: model has sizes that no tensor can have ({reason})") from error
+
+
 def _load_own(folder: Path, data: dict[str, Any]) -> LanguageModel:
     path = folder / CONFIG
-    version = data.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(f"{path}: version is {version!r}; accepted: {VERSION}")
-    if version > VERSION:
-        raise CheckpointError(f"{path}: version is {version}, written by a newer shedder; accepted: {VERSION}")
-    if set(data) != set(FIELDS):
-        wrong = sorted(set(data) ^ set(FIELDS))
-        raise CheckpointError(f"{path}: {wrong[0]} is {'missing' if wrong[0] in FIELDS else 'not known'}; "
-                              f"accepted: exactly {sorted(FIELDS)}")
-    if data["dtype"] not in DTYPES:
-        raise CheckpointError(f"{path}: dtype is {data['dtype']!r}; accepted: one of {sorted(DTYPES)}")
-    for field, kinds in (("tokenizer", (str, type(None))), ("plan", (dict, type(None))), ("provenance", (dict,)),
-                         ("model", (dict,)), ("checksums", (dict,))):
-        if not isinstance(data[field], kinds):
-            raise CheckpointError(f"{path}: {field} is a {type(data[field]).__name__}; "
-                                  f"accepted: {' or '.join(kind.__name__ for kind in kinds)}")
+    _check_fields(path, data)
     try:
         config = ModelConfig.from_json(data["model"])
     except (LayoutError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: model: {error}") from error
+    for name, digest in data["files"].items():
+        if not is_plain_name(name) or not (folder / name).is_file():
+            raise CheckpointError(f"{path}: files lists {name!r}, which is not a file in the folder")
+        if _file_digest(folder / name) != digest:
+            raise CheckpointError(f"{folder / name}: does not match its digest in {CONFIG}; it was damaged or changed")
+    for name in data["weights"]:
+        if not isinstance(name, str) or not is_plain_name(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: weights lists {name!r}; accepted: names of safetensors files in the folder")
     dtype = DTYPES[data["dtype"]]
-    expected = expected_tensors(config, dtype)
-    model = LanguageModel(config, dtype=dtype, device="cpu", initialise=False)
-    with _safetensors(folder / WEIGHTS) as file:
-        _check_names(WEIGHTS, set(file.keys()), set(expected))
+    expected = _expected(config, dtype)
+    with WeightFiles([folder / name for name in data["weights"]]) as weights:
+        # Everything is compared before anything is allocated.
+        _check_names(", ".join(data["weights"]), set(weights.declared), set(expected))
         for name, (shape, tensor_dtype) in expected.items():
-            _check_shape(WEIGHTS, name, tuple(file.get_slice(name).get_shape()), shape)
-            tensor = _tensor(file, WEIGHTS, name)
-            if tensor.dtype != tensor_dtype:
-                raise CheckpointError(f"{WEIGHTS}: {name} is {tensor.dtype}, config.json says {tensor_dtype}")
-            if data["checksums"].get(name) != _checksum(tensor):
-                raise CheckpointError(f"{WEIGHTS}: {name} does not match its checksum in config.json; "
-                                      "the file is damaged")
+            _check_shape(name, weights.declared[name], shape)
+            if weights.declared[name].dtype != tensor_dtype:
+                raise CheckpointError(f"{weights.declared[name].file}: {name} is {weights.declared[name].dtype}, "
+                                      f"{CONFIG} says {tensor_dtype}")
+        model = LanguageModel(config, dtype=dtype, device="cpu", initialise=False)
+        for name in expected:
+            tensor = weights.read(name)
+            if data["tensors"].get(name) != _digest(tensor):
+                raise CheckpointError(f"{weights.declared[name].file}: {name} does not match its digest in {CONFIG}; "
+                                      "the file is damaged or belongs to another checkpoint")
             with torch.no_grad():
                 model.get_parameter(name).copy_(tensor)
     model.tokenizer_name, model.plan, model.provenance = data["tokenizer"], data["plan"], data["provenance"]
     return model
 
 
+def _check_fields(path: Path, data: dict[str, Any]) -> None:
+    version = data.get("version")
+    if version != VERSION or isinstance(version, bool):
+        newer = isinstance(version, int) and version > VERSION
+        raise CheckpointError(f"{path}: version is {version!r}{', written by a newer shedder' if newer else ''}; "
+                              f"accepted: {VERSION}")
+    wrong = sorted(set(data) ^ set(FIELDS))
+    if wrong:
+        raise CheckpointError(f"{path}: {wrong[0]} is {'missing' if wrong[0] in FIELDS else 'not known'}; "
+                              f"accepted: exactly {sorted(FIELDS)}")
+    for field, kinds in FIELDS.items():
+        if not isinstance(data[field], kinds):
+            names = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+            raise CheckpointError(f"{path}: {field} is a {type(data[field]).__name__}; accepted: {' or '.join(names)}")
+    if data["digest"] != _config_digest(data):
+        raise CheckpointError(f"{path}: does not match its own digest; it was damaged or changed by hand")
+    if data["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: dtype is {data['dtype']!r}; accepted: one of {sorted(DTYPES)}")
+
+
 def _load_foreign(folder: Path, data: dict[str, Any]) -> LanguageModel:
     _, source = find_source(data)
-    try:
-        config = source.read_config(data)
-    except CheckpointError:
-        raise
-    except (LayoutError, ArithmeticError) as error:     # sizes that no model has
-        raise CheckpointError(f"config.json: {error}") from error
-    tensors: dict[str, Tensor] = {}
-    files: dict[str, str] = {}
-    for file, name, tensor in _foreign_tensors(folder):
-        ours = source.rename(name)
-        if ours in tensors:
-            raise CheckpointError(f"{file}: {name} occurs twice")
-        tensors[ours], files[ours] = tensor, file
-    weights = files.get(EMBEDDING, next(iter(files.values()), WEIGHTS))
-    if config.tie_embeddings and TIED in tensors:
-        if EMBEDDING in tensors and not torch.equal(tensors[TIED], tensors[EMBEDDING]):
-            raise CheckpointError(f"{files[TIED]}: {TIED} differs from {EMBEDDING}, config.json says they are tied")
-        del tensors[TIED]
-    dtype = tensors[EMBEDDING].dtype if EMBEDDING in tensors else torch.float32
-    if dtype not in DTYPES.values():
-        raise CheckpointError(f"{weights}: {EMBEDDING} is {dtype}; accepted: one of {tuple(DTYPES.values())}")
-    expected = expected_tensors(config, dtype)
-    _check_names(weights, set(tensors), set(expected))
-    model = LanguageModel(config, dtype=dtype, device="cpu", initialise=False)
-    for name, (shape, _) in expected.items():
-        tensor = tensors.pop(name)                      # freed as soon as it is copied
-        _check_shape(files[name], name, tuple(tensor.shape), shape)
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{files[name]}: {name} is {tensor.dtype}; accepted: a floating type")
+    with open_weights(folder) as weights:
+        declared: dict[str, Declared] = {}
+        theirs: dict[str, str] = {}                     # their name of each of our tensors
+        for name, one in weights.declared.items():
+            ours = source.rename(name)
+            if ours in declared:
+                raise CheckpointError(f"{one.file}: {name} is {theirs[ours]} once more")
+            declared[ours], theirs[ours] = one, name
+        for key in ("n_layer", "num_hidden_layers"):
+            if isinstance(data.get(key), int) and data[key] > len(declared):
+                raise CheckpointError(f"{CONFIG}: {key} is {data[key]}; the weights hold {len(declared)} tensors")
+        try:
+            config = source.read_config(data)
+        except CheckpointError:
+            raise
+        except (LayoutError, ArithmeticError) as error: # sizes that no model has
+            raise CheckpointError(f"{CONFIG}: {error}") from error
+        embedding = declared.get(EMBEDDING)
+        dtype = torch.float32 if embedding is None else embedding.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{declared[EMBEDDING].file}: {EMBEDDING} is {dtype}; "
+                                  f"accepted: one of {tuple(DTYPES.values())}")
+        expected = _expected(config, dtype)
+        is_stored_twice = config.tie_embeddings and TIED in declared
+        _check_names(embedding.file if embedding else WEIGHTS, set(declared) - ({TIED} if is_stored_twice else set()),
+                     set(expected))
+        for name, (shape, _) in expected.items():
+            _check_shape(name, declared[name], shape)
+            if not isinstance(declared[name].dtype, torch.dtype):
+                raise CheckpointError(f"{declared[name].file}: {name} is {declared[name].dtype}; "
+                                      "accepted: a floating type")
+        model = LanguageModel(config, dtype=dtype, device="cpu", initialise=False)
         with torch.no_grad():
-            model.get_parameter(name).copy_(tensor)
+            for name in expected:
+                tensor = weights.read(theirs[name])
+                if name == EMBEDDING and is_stored_twice and not torch.equal(tensor, weights.read(theirs[TIED])):
+                    raise CheckpointError(f"{declared[TIED].file}: {TIED} differs from {EMBEDDING}, "
+                                          f"{CONFIG} says they are tied")
+                model.get_parameter(name).copy_(tensor)
     model.provenance = {"source": source.name, "source_folder": folder.name}
     return model
 
@@ -167,132 +202,128 @@ def _check_names(file: str, found: set[str], expected: set[str]) -> None:
     missing, extra = sorted(expected - found), sorted(found - expected)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{file}: {missing[0]} is missing{more}; the layout in config.json asks for it")
+        raise CheckpointError(f"{file}: {missing[0]} is missing{more}; the layout in {CONFIG} asks for it")
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise CheckpointError(f"{file}: {extra[0]}{more} is not in the layout in config.json")
+        raise CheckpointError(f"{file}: {extra[0]}{more} is not in the layout in {CONFIG}")
 
 
-def _check_shape(file: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise CheckpointError(f"{file}: {name} is {found}, the layout in config.json says {expected}")
+def _check_shape(name: str, declared: Declared, expected: tuple[int, ...]) -> None:
+    if declared.shape != expected:
+        raise CheckpointError(f"{declared.file}: {name} is {declared.shape}, the layout in {CONFIG} says {expected}")
 
 
-@contextmanager
-def _safetensors(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing")
-    try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
-    with file:
-        yield file
+# ---- digests ----
 
-
-def _tensor(file: Any, file_name: str, name: str) -> Tensor:
-    try:
-        return file.get_tensor(name)
-    except (SafetensorError, KeyError, AttributeError) as error:     # e.g. a type that torch does not have
-        raise CheckpointError(f"{file_name}: {name} cannot be read ({error})") from error
-
-
-def _foreign_tensors(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
-    """(file, name, tensor) of a mamba_ssm or transformers folder, whichever of the usual files it has."""
-    for single, is_pickle in ((WEIGHTS, False), ("pytorch_model.bin", True)):
-        if (folder / single).is_file():
-            yield from _file_tensors(folder / single, is_pickle)
-            return
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, Mapping) or not all(isinstance(v, str) for v in weight_map.values()):
-                raise CheckpointError(f"{index}: weight_map is not an object of tensor name to file name")
-            for shard in sorted(set(weight_map.values())):
-                if Path(shard).name != shard or not (folder / shard).is_file():
-                    raise CheckpointError(f"{index}: weight_map names {shard!r}, which is not a file in the folder")
-                for file, name, tensor in _file_tensors(folder / shard, is_pickle):
-                    if weight_map.get(name) == shard:
-                        yield file, name, tensor
-            return
-    raise CheckpointError(f"{folder}: no weights; accepted: {WEIGHTS}, pytorch_model.bin, or either with .index.json")
-
-
-def _file_tensors(path: Path, is_pickle: bool) -> Iterator[tuple[str, str, Tensor]]:
-    if not is_pickle:
-        with _safetensors(path) as file:
-            for name in file.keys():                    # noqa: SIM118  (not a dict)
-                yield path.name, name, _tensor(file, path.name, name)
-        return
-    try:                                                # weights_only: tensors and plain containers, no code
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not a file of tensors ({reason})") from error
-    if not isinstance(tensors, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(tensors).__name__}; accepted: a dict of tensors")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path.name}: {name} is a {type(tensor).__name__}; accepted: a tensor")
-        yield path.name, name, tensor
-
-
-def _checksum(tensor: Tensor) -> str:
+def _digest(tensor: Tensor) -> str:
     flat = tensor.detach().contiguous().reshape(-1)
-    return f"{zlib.crc32(flat.view(torch.uint8).numpy().data):08x}" if flat.numel() else "00000000"
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data if flat.numel() else b"").hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _config_digest(data: Mapping[str, Any]) -> str:
+    """Of the contents, not of the text: indentation and the order of keys do not matter."""
+    rest = {name: value for name, value in data.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 # ---- saving ----
 
-def save_pretrained(model: LanguageModel, folder: str | Path) -> None:
+def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write the model as a shedder checkpoint, all of it or nothing.
 
     The files are written to a temporary folder beside `folder` and moved there in one step; an
     existing checkpoint is replaced and, if anything fails, kept. Tokenizer files of the folder
-    that the model was loaded from come along.
+    that the model was loaded from come along, and so do files that others put beside the checkpoint.
+
+    Args:
+        folder: a new folder, an empty one, or a shedder checkpoint to replace.
+        max_shard_bytes: weights beyond this go into several files, with the index that transformers writes.
+    Raises:
+        CheckpointError: it could not be written, and why.
     """
     folder = Path(folder).absolute()
-    _check_target(folder)
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes!r}; accepted: an integer >= 1")
+    tensors, dtype_name = _checked_tensors(model)
+    shards = _shards(tensors, max_shard_bytes)
+    config = {"format": FORMAT, "version": VERSION, "dtype": dtype_name, "model": model.config.to_json(),
+              "tokenizer": model.tokenizer_name, "plan": model.plan, "provenance": model.provenance,
+              "weights": list(shards), "tensors": {name: _digest(tensor) for name, tensor in tensors.items()},
+              "files": {}}
+    try:
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"plan or provenance does not fit into JSON ({error})") from error
+    before = _identity(folder)
+    try:
+        _check_target(folder)
+        with replacement(folder) as new:
+            _write(model, new, tensors, shards, config)
+            if folder.is_dir():
+                _carry_over(folder, new)
+    except (OSError, SafetensorError, shutil.Error) as error:
+        kept = before is not None and _identity(folder) == before
+        raise CheckpointError(f"{folder}: not saved ({error})"
+                              + ("; what was there is untouched" if kept else "")) from error
+    if model.tokenizer_folder is not None:
+        model.tokenizer_folder = folder
+
+
+def _checked_tensors(model: LanguageModel) -> tuple[dict[str, Tensor], str]:
+    """The tensors on the CPU and the name of the model's dtype, if they are what the model's config says."""
     dtype_name = next((name for name, dtype in DTYPES.items() if dtype == model.dtype), None)
     if dtype_name is None:
         raise CheckpointError(f"the model's dtype is {model.dtype}; accepted: one of {sorted(DTYPES)}")
-    expected = expected_tensors(model.config, model.dtype)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    expected = expected_tensors(model.config, model.dtype)
     _check_names("the model", set(tensors), set(expected))
     for name, (shape, dtype) in expected.items():
-        _check_shape("the model", name, tuple(tensors[name].shape), shape)
+        _check_shape(name, Declared("the model", tuple(tensors[name].shape), tensors[name].dtype), shape)
         if tensors[name].dtype != dtype:
             raise CheckpointError(f"the model: {name} is {tensors[name].dtype}, a model of {model.dtype} has it as "
                                   f"{dtype}")
-    config = {"format": FORMAT, "version": VERSION, "dtype": dtype_name, "model": model.config.to_json(),
-              "tokenizer": model.tokenizer_name, "plan": model.plan, "provenance": model.provenance,
-              "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()}}
-    try:
-        text = json.dumps(config, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"plan or provenance does not fit into JSON ({error})") from error
+    return tensors, dtype_name
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    try:
-        temporary.chmod(0o777 & ~_umask())              # mkdtemp makes private folders
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
-        if model.tokenizer_folder is not None:
-            for name in TOKENIZER_FILES:
-                if (model.tokenizer_folder / name).is_file():
-                    shutil.copyfile(model.tokenizer_folder / name, temporary / name)
-        if folder.is_dir():
-            _carry_over(folder, temporary)
-        for path in temporary.rglob("*"):
-            if path.is_file() and not path.is_symlink():
-                _sync(path)
-        _sync(temporary)
-        _replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)    # the new files after a failure, the old ones after success
+
+def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
+    """The names of the tensors in each file, in order; a larger tensor gets a file of its own."""
+    runs: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if runs[-1] and size + tensor.nbytes > max_bytes:
+            runs.append([])
+            size = 0
+        runs[-1].append(name)
+        size += tensor.nbytes
+    if len(runs) == 1:
+        return {WEIGHTS: runs[0]}
+    stem = WEIGHTS.removesuffix(".safetensors")
+    return {f"{stem}-{number:05d}-of-{len(runs):05d}.safetensors": run for number, run in enumerate(runs, 1)}
+
+
+def _write(model: LanguageModel, new: Path, tensors: Mapping[str, Tensor], shards: Mapping[str, Sequence[str]],
+           config: dict[str, Any]) -> None:
+    for file, names in shards.items():
+        save_file({name: tensors[name] for name in names}, new / file, metadata={"format": "pt"})
+        (new / file).chmod(0o666 & new.stat().st_mode)  # safetensors makes private files
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+                 "weight_map": {name: file for file, names in shards.items() for name in names}}
+        _write_text(new / f"{WEIGHTS}{INDEX_SUFFIX}", json.dumps(index, indent=1))
     if model.tokenizer_folder is not None:
-        model.tokenizer_folder = folder
+        for name in TOKENIZER_FILES:
+            if (model.tokenizer_folder / name).is_file():
+                shutil.copyfile(model.tokenizer_folder / name, new / name)
+    config["files"] = {path.name: _file_digest(path) for path in sorted(new.iterdir()) if path.name not in shards}
+    _write_text(new / CONFIG, json.dumps({**config, "digest": _config_digest(config)}, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _check_target(folder: Path) -> None:
@@ -301,7 +332,7 @@ def _check_target(folder: Path) -> None:
         raise CheckpointError(f"{folder}: exists and is not a folder; nothing was written")
     if folder.is_dir() and any(folder.iterdir()):
         try:
-            is_ours = _read_json(folder / CONFIG).get("format") == FORMAT
+            is_ours = read_json(folder / CONFIG).get("format") == FORMAT
         except CheckpointError:
             is_ours = False
         if not is_ours:
@@ -312,63 +343,17 @@ def _check_target(folder: Path) -> None:
 def _carry_over(old: Path, new: Path) -> None:
     """Files that others put beside the checkpoint (a README, a plot) stay."""
     for path in old.iterdir():
-        if path.name in (CONFIG, WEIGHTS, *TOKENIZER_FILES):
+        if SHARD.fullmatch(path.name) or path.name in (CONFIG, WEIGHTS, f"{WEIGHTS}{INDEX_SUFFIX}", *TOKENIZER_FILES):
             continue
         if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, new / path.name, symlinks=True)
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=link_or_copy)
         else:
-            shutil.copy2(path, new / path.name, follow_symlinks=False)
+            link_or_copy(str(path), str(new / path.name))
 
 
-def _replace(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`; what was there ends up under the name of `new`."""
-    if not folder.exists():
-        os.rename(new, folder)
-    elif not _exchange(new, folder):
-        # No atomic exchange on this system: between the two renames the old checkpoint has another name.
-        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-        os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            os.rename(old, folder)
-            raise
-        _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-        return
-    _sync(folder.parent)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two folders atomically; False where the system cannot."""
-    AT_FDCWD, RENAME_EXCHANGE = -100, 2
+def _identity(folder: Path) -> tuple[int, int] | None:
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):                   # not Linux, or an old libc
-        return False
-    if renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), ctypes.c_uint(RENAME_EXCHANGE)) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(b))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _left_behind(folder: Path) -> str:
-    """Where an interrupted save may have left the previous checkpoint."""
-    old = sorted(folder.parent.glob(f".{folder.name}.old-*")) if folder.parent.is_dir() else []
-    return f"; an interrupted save left the previous checkpoint at {old[0]}" if old else ""
+        facts = folder.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino

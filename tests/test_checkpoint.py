@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shedder
-from shedder import checkpoint
+from shedder import atomic_folder, checkpoint
 from shedder.checkpoint import CheckpointError
 from shedder.layout import NormSegment, RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
 from shedder.nn import LanguageModel, ModelConfig
@@ -51,20 +51,23 @@ def same(a, b):
         assert torch.equal(ours[name], theirs[name]), name
 
 
-def edit(folder, change):
+def edit(folder, change, honest=True):
+    """Rewrite config.json; with honest=True its digest too, so that only its contents can be objected to."""
     config = json.loads((folder / "config.json").read_text())
     change(config)
+    if honest:
+        config["digest"] = checkpoint._config_digest(config)
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def edit_tensors(folder, change, honest=True):
-    """Rewrite the weights; with honest=True their checksums too, so that only the layout can object."""
+    """Rewrite the weights; with honest=True their digests too, so that only the layout can object."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     if honest:
-        sums = {name: checkpoint._checksum(tensor) for name, tensor in tensors.items()}
-        edit(folder, lambda config: config.update(checksums=sums))
+        edit(folder, lambda config: config.update(
+            tensors={name: checkpoint._digest(tensor) for name, tensor in tensors.items()}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -135,8 +138,10 @@ def test_load_casts_and_keeps_decay(folder):
 # ---- each kind of damage names its file and key ----
 
 DAMAGED_CONFIGS = {
-    "newer version": (lambda c: c.update(version=2), r"config.json: version is 2, written by a newer shedder"),
-    "odd version": (lambda c: c.update(version="1"), r"config.json: version is '1'"),
+    "newer version": (lambda c: c.update(version=3), r"config.json: version is 3, written by a newer shedder"),
+    "older version": (lambda c: c.update(version=1), r"config.json: version is 1; accepted: 2"),
+    "odd version": (lambda c: c.update(version="2"), r"config.json: version is '2'; accepted: 2"),
+    "true": (lambda c: c.update(version=True), r"config.json: version is True; accepted: 2"),
     "foreign": (lambda c: c.update(format="other"), r"config.json: format is 'other'; accepted"),
     "field gone": (lambda c: c.pop("plan"), r"config.json: plan is missing"),
     "field too many": (lambda c: c.update(extra=1), r"config.json: extra is not known"),
@@ -158,6 +163,17 @@ DAMAGED_CONFIGS = {
                      r"model.safetensors: backbone.layers.4.\S+ is missing"),
     "a layer less": (lambda c: c["model"]["layers"].pop(),
                      r"model.safetensors: backbone.layers.3.\S+ .*is not in the layout"),
+    "layers beyond counting": (lambda c: c["model"].update(layers=[{"kind": "removed_block"}] * 10_001),
+                               r"config.json: model has 10001 layers; accepted: up to 10000"),
+    "terabytes": (lambda c: c["model"].update(d_model=10**9), r"is \(50, 24\), the layout .* says \(50, 1000000000\)"),
+    "beyond 64 bits": (lambda c: c["model"].update(d_model=10**18, vocab_size=10**18),
+                       r"config.json: model has sizes that no tensor can have"),
+    "beyond any integer": (lambda c: c["model"].update(d_model=10**40), r"config.json: model has sizes that no"),
+    "weights elsewhere": (lambda c: c.update(weights=["../model.safetensors"]), r"config.json: weights lists '../"),
+    "no weights": (lambda c: c.update(weights=[]), r"backbone.embedding.weight is missing"),
+    "weights twice": (lambda c: c.update(weights=["model.safetensors"] * 2), r"is in model.safetensors too"),
+    "files elsewhere": (lambda c: c.update(files={"/etc/passwd": ""}), r"config.json: files lists '/etc/passwd'"),
+    "file gone": (lambda c: c.update(files={"tokenizer.json": ""}), r"config.json: files lists 'tokenizer.json'"),
     "untied": (lambda c: c["model"].update(tie_embeddings=False), r"model.safetensors: lm_head.weight is missing"),
 }
 
@@ -168,6 +184,18 @@ def test_a_config_that_does_not_fit_is_refused(kind, folder):
     edit(folder, change)
     with pytest.raises(CheckpointError, match=message):
         shedder.load(folder)
+
+
+def test_a_config_changed_by_hand_is_refused(folder):
+    edit(folder, lambda c: c["model"].update(norm_eps=1e-6), honest=False)
+    with pytest.raises(CheckpointError, match=r"config.json: does not match its own digest"):
+        shedder.load(folder)
+
+
+def test_indentation_and_order_of_the_config_do_not_matter(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    same(shedder.load(folder), build())
 
 
 DAMAGED_TENSORS = {
@@ -195,7 +223,7 @@ def test_a_changed_value_is_noticed(folder):
         tensors[IN_PROJ][7, 3] += 1e-3
 
     edit_tensors(folder, flip, honest=False)
-    with pytest.raises(CheckpointError, match=rf"model.safetensors: {IN_PROJ} does not match its checksum"):
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: {IN_PROJ} does not match its digest"):
         shedder.load(folder)
 
 
@@ -259,22 +287,23 @@ def test_saving_replaces_the_checkpoint_and_leaves_nothing_else(folder):
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("step", ["save_file", "_sync", "_replace"])
-def test_a_failed_save_keeps_the_previous_checkpoint(step, exchange, folder, monkeypatch):
+@pytest.mark.parametrize(("module", "step"), [(checkpoint, "save_file"), (atomic_folder, "_sync"),
+                                              (atomic_folder, "_replace")])
+def test_a_failed_save_keeps_the_previous_checkpoint(module, step, exchange, folder, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
     if not exchange:
-        monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
-    monkeypatch.setattr(checkpoint, step, fail)
-    with pytest.raises(OSError, match="disk full"):
+        monkeypatch.setattr(atomic_folder, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(module, step, fail)
+    with pytest.raises(CheckpointError, match=r"model: not saved \(disk full\); what was there is untouched"):
         build("mamba1").save_pretrained(folder)
     same(shedder.load(folder), build())
     assert os.listdir(folder.parent) == ["model"]
 
 
 def test_where_folders_cannot_be_exchanged_two_renames_do(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic_folder, "_exchange", lambda a, b: False)
     build("mamba1").save_pretrained(folder)
     same(shedder.load(folder), build("mamba1"))
     assert os.listdir(folder.parent) == ["model"]
@@ -287,7 +316,7 @@ def test_where_folders_cannot_be_exchanged_two_renames_do(folder, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(os, "rename", second_fails)
-    with pytest.raises(OSError, match="interrupted"):
+    with pytest.raises(CheckpointError, match="interrupted"):
         build().save_pretrained(folder)
     same(shedder.load(folder), build("mamba1"))
 
@@ -327,3 +356,40 @@ def test_tokenizer_files_come_along(folder, tmp_path):
     model.save_pretrained(tmp_path / "copy")            # also onto itself
     assert sorted(os.listdir(tmp_path / "copy")) == ["config.json", "model.safetensors", "tokenizer.json",
                                                      "tokenizer_config.json"]
+    (tmp_path / "copy/tokenizer.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: does not match its digest in config.json"):
+        shedder.load(tmp_path / "copy")
+
+
+def test_other_peoples_files_stay_themselves(folder):
+    (folder / "optimizer.safetensors").write_bytes(b"mine")
+    (folder / "logs").mkdir()
+    with (folder / "logs/train.log").open("w") as log:
+        build().save_pretrained(folder)
+        log.write("still the same file")
+    assert (folder / "logs/train.log").read_text() == "still the same file"
+    assert (folder / "optimizer.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shards_are_written_with_their_index_and_read_back(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path / "model", max_shard_bytes=4096)
+    files = sorted(os.listdir(tmp_path / "model"))
+    shards = [file for file in files if file.startswith("model-")]
+    assert files == ["config.json", *shards, "model.safetensors.index.json"]
+    assert len(shards) > 3
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
+    stored = {key: file for file in shards for key in load_file(tmp_path / "model" / file)}
+    assert index["weight_map"] == stored
+    assert index["metadata"]["total_size"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    for file in shards:
+        keys = [key for key in stored if stored[key] == file]
+        size = sum(model.get_parameter(key).nbytes for key in keys)
+        assert size <= 4096 or len(keys) == 1
+    same(shedder.load(tmp_path / "model"), model)
+    model.save_pretrained(tmp_path / "model")           # one file takes the place of all
+    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
+    with pytest.raises(ValueError, match="max_shard_bytes is 0; accepted: an integer >= 1"):
+        model.save_pretrained(tmp_path / "model", max_shard_bytes=0)

@@ -143,10 +143,10 @@ class LanguageModel(nn.Module):
         from shedder.nn.generation import generate
         return generate(self, input_ids, max_new_tokens, **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors; see shedder.checkpoint."""
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write config.json and safetensors; see shedder.checkpoint.save_pretrained."""
         from shedder.checkpoint import save_pretrained  # the method is the user's way in; nn needs nothing above it
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, **options)
 
     def _apply(self, fn, recurse=True):
         self._decode_graph = None
