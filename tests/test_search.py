@@ -1,9 +1,14 @@
-"""Greedy search: it meets the budget, is the same with and without its shortcuts, and survives being killed."""
+"""Search: it meets the budget, is the same with and without its shortcuts, and survives being killed."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +16,9 @@ import torch
 from shedder.evaluate import negative_log_likelihood
 from shedder.layout import NormSegment, RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
 from shedder.nn import LanguageModel, ModelConfig
-from shedder.prune import LayerPlan, Plan, compact, parameter_count, prefix, search, state_bytes
-from shedder.prune.importance import importance
+from shedder.nn.block import Block
+from shedder.prune import LayerPlan, Plan, compact, parameter_count, prefix, score, search, solve, state_bytes
+from shedder.prune.size import flops
 
 SSD = SSDLayout(headdim=4, dstate=8, ngroups=2, head_to_group=(0, 0, 0, 0, 1, 1, 1, 1),
                 norm_segments=(NormSegment(16, 1e-5), NormSegment(16, 1e-5)))
@@ -90,40 +96,248 @@ def test_rescoring_a_few_scores_fewer():
     assert all(record["scored"] <= 2 + 4 for record in few.provenance["trajectory"][2:])
 
 
+def deep() -> LanguageModel:
+    layout = SSDLayout(headdim=4, dstate=4, ngroups=1, head_to_group=(0, 0), norm_segments=(NormSegment(8, 1e-5),))
+    torch.manual_seed(3)
+    return LanguageModel(ModelConfig("mamba2", d_model=8, vocab_size=32, layers=(layout,) * 64)).eval()
+
+
+def blocks_run(run) -> int:
+    """How many blocks are called while run() runs."""
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: count() if isinstance(module, Block) else None)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return calls
+
+
+def test_with_64_layers_the_prefix_cache_runs_1_8_times_fewer_blocks_and_finds_the_same_plan():
+    model, plans, runs = deep(), {}, {}
+
+    def run(prefix_cache: bool) -> None:
+        plans[prefix_cache] = search(model, TOKENS, {"params": 0.98}, ["block"], sequences=1, length=4,
+                                     prefix_cache=prefix_cache, progress=False)
+    runs[True] = blocks_run(lambda: run(True))
+    runs[False] = blocks_run(lambda: run(False))
+    assert plans[True].layers == plans[False].layers
+    assert len(plans[True].provenance["trajectory"]) > 2
+    assert runs[False] >= 1.8 * runs[True]
+    # One batch of calibration tokens, so a call is a layer evaluation.
+    assert {cache: plan.provenance["layer_evaluations"] for cache, plan in plans.items()} == runs
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(step: int):
+    def progress(record):
+        if record["step"] == step:
+            raise Killed
+    return progress
+
+
 @pytest.mark.parametrize(("name", "rescore"), [("mamba2", None), ("mamba2", 2), ("mamba1", None)])
 def test_a_killed_search_goes_on_where_it_was(name, rescore, tmp_path):
     log = tmp_path / "search.jsonl"
     options = {"budget": {"params": 0.75}, "rescore": rescore, **SMALL}
     whole = search(model_of(name), TOKENS, **options)
-
-    class Killed(BaseException):
-        pass
-
-    def kill_after_two(record):
-        if record["step"] == 2:
-            raise Killed
     with pytest.raises(Killed):
-        search(model_of(name), TOKENS, log=log, **{**options, "progress": kill_after_two})
-    assert len(log.read_text().splitlines()) == 1 + 3  # header, the untouched model, two steps
+        search(model_of(name), TOKENS, log=log, **{**options, "progress": kill_after(2)})
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [event["step"] for event in events[1:] if "step" in event] == [0, 1, 2]
 
     steps = []
     resumed = search(model_of(name), TOKENS, log=log, **{**options, "progress": steps.append})
     assert steps[0]["step"] == 3
     assert resumed == whole
+    before = log.read_bytes()
     assert search(model_of(name), TOKENS, log=log, **options) == whole         # nothing left to do
+    assert log.read_bytes() == before
+
+
+@pytest.mark.parametrize("rescore", [None, 2])
+def test_a_log_may_end_at_any_byte(rescore, tmp_path):
+    """What a kill leaves: the first bytes of the log. The lines that are whole are not computed again."""
+    log = tmp_path / "search.jsonl"
+    options = {"budget": {"params": 0.85}, "rescore": rescore, **SMALL}
+    whole = search(model_of("mamba2"), TOKENS, log=log, **options)
+    text = log.read_bytes()
+    ends = [0, 1, len(text) - 1, *random.Random(0).sample(range(len(text)), 12)]
+    for end in ends:
+        log.write_bytes(text[:end])
+        model = model_of("mamba2")
+        runs = blocks_run(lambda model=model: search(model, TOKENS, log=log, **options) == whole)
+        assert log.read_bytes().splitlines()[0] == text.splitlines()[0]
+        assert search(model, TOKENS, log=log, **options) == whole
+        if end == len(text) - 1:
+            assert runs < whole.provenance["layer_evaluations"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_ten_kills_at_random_times_change_nothing(tmp_path):
+    script = Path(__file__).with_name("search_process.py")
+    subprocess.run([sys.executable, script, "killed", tmp_path, tmp_path / "log.jsonl", "10", "0"], check=True,
+                   timeout=300)
+    lengths = json.loads((tmp_path / "lengths.json").read_text())
+    assert len(lengths) == 10
+    assert len(set(lengths)) > 3                       # it was killed at different points, and went on between them
+    assert (tmp_path / "resumed.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
+def test_the_processes_of_torchrun_share_the_candidates_and_come_to_the_same_plan(tmp_path):
+    import search_process
+
+    script, log = Path(__file__).with_name("search_process.py"), tmp_path / "log.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script,
+               "together", tmp_path, log]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    first, second = ((tmp_path / f"plan.{rank}.json").read_text() for rank in (0, 1))
+    assert first == second
+    alone = search_process.plan(None)
+    assert Plan.from_json(first).layers == alone.layers
+    assert search_process.plan(log) == Plan.from_json(first)                   # the log serves one process as well
 
 
 def test_a_log_of_another_search_is_refused(tmp_path):
     log = tmp_path / "search.jsonl"
     search(model_of("mamba2"), TOKENS, {"params": 0.9}, log=log, **SMALL)
-    for change, words in (({"budget": {"params": 0.8}}, "its settings is"), ({"text": TOKENS.flip(0)}, "its tokens is"),
-                          ({"model": model_of("mamba1")}, "its")):
+    before = log.read_bytes()
+    for change, words in (({"budget": {"state": 0.9}}, "its settings is"), ({"text": TOKENS.flip(0)}, "its tokens is"),
+                          ({"model": model_of("mamba1")}, "its"), ({"seed": 1}, "its settings is")):
         arguments = {"model": model_of("mamba2"), "text": TOKENS, "budget": {"params": 0.9}, **change}
         with pytest.raises(ValueError, match=f"belongs to another search: {words}"):
             search(**arguments, log=log, **SMALL)
-    log.write_text("{")
-    with pytest.raises(ValueError, match="is not the log of a search"):
-        search(model_of("mamba2"), TOKENS, {"params": 0.9}, log=log, **SMALL)
+        assert log.read_bytes() == before
+    for text in ("{}\n", "notes of mine", "notes\nof mine", '{"version": 2}\n{"trial": 1}\n', "\xff\xfe\n"):
+        log.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"is not the log of a search|belongs to another search"):
+            search(model_of("mamba2"), TOKENS, {"params": 0.9}, log=log, **SMALL)
+        assert log.read_bytes() == text.encode("latin-1")                      # and left alone
+
+
+def test_two_searches_do_not_share_a_log(tmp_path):
+    log = tmp_path / "search.jsonl"
+
+    def second_search(record):
+        with pytest.raises(ValueError, match="is being written by another search"):
+            search(model_of("mamba2"), TOKENS, {"params": 0.9}, log=log, **SMALL)
+    search(model_of("mamba2"), TOKENS, {"params": 0.9}, log=log, **{**SMALL, "progress": second_search})
+
+
+def test_a_log_serves_other_budgets_of_the_same_measure(tmp_path):
+    log = tmp_path / "search.jsonl"
+    model = model_of("mamba2")
+    search(model, TOKENS, {"params": 0.7}, log=log, **SMALL)
+    before = log.read_bytes()
+    looser = search(model, TOKENS, {"params": 0.85}, log=log, solve_only=True, **SMALL)
+    assert log.read_bytes() == before
+    assert looser == search(model, TOKENS, {"params": 0.85}, **SMALL)
+    with pytest.raises(ValueError, match="does not reach the budget"):
+        search(model, TOKENS, {"params": 0.6}, log=log, solve_only=True, **SMALL)
+    assert search(model, TOKENS, {"params": 0.6}, log=log, **SMALL) == search(model, TOKENS, {"params": 0.6}, **SMALL)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba1"])
+@pytest.mark.parametrize("budget", [{"flops": 0.8}, {"params": 0.9, "state": 0.7, "flops": 0.85}])
+@pytest.mark.parametrize("method", ["greedy", "one-shot"])
+def test_every_measure_of_the_budget_is_met(name, budget, method):
+    plan = search(model_of(name), TOKENS, budget, method=method, **SMALL)
+    after = plan.compacted_config(CONFIGS[name])
+    for measure, share in budget.items():
+        count = {"params": parameter_count, "state": state_bytes, "flops": flops}[measure]
+        assert count(after) <= share * count(CONFIGS[name])
+
+
+def test_without_bundles_every_unit_is_a_candidate():
+    options = {**SMALL, "bundle": None}
+    plan = search(model_of("one layer"), TOKENS, {"params": 0.9}, ["head"], **options)
+    first = plan.provenance["trajectory"][1]
+    assert first["candidates"] == 8
+    losses = {}
+    for head in range(8):
+        small = compact(model_of("one layer"), Plan("mamba2", {0: LayerPlan(heads=(head,))}))
+        losses[head] = search(small, TOKENS, {"params": 1.0}, ["block"], **options).provenance["trajectory"][0]["loss"]
+    assert first["removed"] == {"heads": [min(losses, key=losses.__getitem__)]}
+    assert math.isclose(first["loss"], min(losses.values()), rel_tol=1e-6)
+
+
+def test_a_bundle_may_be_a_number_and_differ_by_axis():
+    plan = search(model_of("mamba2"), TOKENS, {"params": 0.9}, ["head", "state"],
+                  **{**SMALL, "bundle": {"head": 3, "state": 0.5}})
+    for record in plan.provenance["trajectory"][1:]:
+        removed = record["removed"]
+        assert len(removed.get("heads", (0, 0, 0))) <= 3
+        assert all(len(states) <= 4 for states in removed.get("states", ()))
+    assert {len(record["removed"].get("heads", ())) for record in plan.provenance["trajectory"][1:]} & {3}
+
+
+def test_group_aware_cuts_keep_groups_equal():
+    plan = search(model_of("mamba2"), TOKENS, {"params": 0.7}, ["head"], group_aware=True, **SMALL)
+    for layout in plan.compacted_config(CONFIGS["mamba2"]).layers:
+        assert layout.head_to_group.count(0) == layout.head_to_group.count(1)
+
+
+# ---- one shot
+
+
+def test_one_shot_takes_the_lowest_scores_and_says_what_the_loss_became():
+    model = model_of("mamba2")
+    plan = search(model, TOKENS, {"params": 0.8}, ["head"], method="one-shot", score="taylor2",
+                  **{**SMALL, "bundle": 1})
+    scores = score(model, TOKENS, "taylor2", ["head"], sequences=3, length=12, batch=2)
+    taken = [scores.of(layer, "head")[head] for layer, cut in plan.layers.items() for head in cut.heads]
+    left = [value for layer in range(3) for head, value in enumerate(scores.of(layer, "head"))
+            if layer not in plan.layers or head not in plan.layers[layer].heads]
+    assert max(taken) <= min(left)
+    nothing = search(compact(model, plan), TOKENS, {"params": 1.0}, ["block"], **SMALL)
+    assert math.isclose(plan.provenance["loss"], nothing.provenance["trajectory"][0]["loss"], rel_tol=1e-6)
+
+
+def test_scores_within_layers_take_as_much_from_every_layer():
+    plan = search(model_of("mamba2"), TOKENS, {"params": 0.8}, ["head", "state"], method="one-shot",
+                  score={"head": "activation", "state": "ghost"}, **SMALL)
+    after = plan.compacted_config(CONFIGS["mamba2"])
+    assert len({(layout.nheads, layout.dstate) for layout in after.layers}) == 1
+    with pytest.raises(ValueError, match="cannot go evenly"):
+        search(model_of("mamba2"), TOKENS, {"params": 0.8}, ["block", "head"], method="one-shot", score="magnitude",
+               **SMALL)
+
+
+def test_saved_scores_solve_another_budget_without_running_the_model(tmp_path):
+    model = model_of("mamba2")
+    path = tmp_path / "scores.safetensors"
+    score(model, TOKENS, "taylor2", sequences=3, length=12, batch=2).save(path)
+    options = {"method": "one-shot", "score": path, **SMALL}
+    for share in (0.9, 0.7):
+        found = search(model, TOKENS, {"params": share}, **options)
+        assert blocks_run(lambda share=share: solve(model, path, {"params": share}, bundle=0.25)) == 0
+        assert solve(model.config, path, {"params": share}, bundle=0.25).layers == found.layers
+        only = search(model, TOKENS, {"params": share}, solve_only=True, **options)
+        assert only.layers == found.layers
+        assert "loss" not in only.provenance
+    other = model_of("mamba2")
+    with torch.no_grad():
+        other.layers[1].mixer.A_log += 1
+    with pytest.raises(ValueError, match="scores of another model"):
+        search(other, TOKENS, {"params": 0.9}, **options)
+    with pytest.raises(ValueError, match="solve_only takes saved scores"):
+        search(model, TOKENS, {"params": 0.9}, method="one-shot", solve_only=True, **SMALL)
+
+
+def test_what_a_search_will_cost_is_said_before_it_starts(capfd):
+    plan = search(model_of("mamba2"), TOKENS, {"params": 0.75}, **{**SMALL, "progress": True})
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first.startswith("search: 12 candidates, about ")
+    said = int(first.split(" layer evaluations")[0].split(", ")[-1].replace(",", ""))
+    assert 0.2 < said / plan.provenance["layer_evaluations"] < 5
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba1"])
@@ -177,19 +391,6 @@ def test_units_that_do_nothing_go_first():
             assert math.isclose(before["loss"], after["loss"], rel_tol=1e-6)
 
 
-def test_importance_sees_dead_channels_and_states_of_mamba1():
-    model = model_of("mamba1")
-    with torch.no_grad():
-        mixer = model.layers[0].mixer
-        mixer.out_proj.weight[:, 7] = 0
-        mixer.x_proj.weight[2 + 8 + 5] = 0                                     # C of state 5
-    ranks = importance(model, [TOKENS[None, :20], TOKENS[None, 20:40]])[0]
-    assert ranks.units.argmin() == 7
-    assert ranks.states.shape == (1, 8)
-    assert ranks.states.argmin() == 5
-    assert all(mixer.probe is None for mixer in model.mixers)
-
-
 @pytest.mark.parametrize(("change", "message"), [
     ({"budget": {"parameters": 0.5}}, r"budget is \{'parameters': 0.5\}; accepted: a dict with some of"),
     ({"budget": {"params": 1.5}}, r"budget\['params'\] is 1.5; accepted: a share"),
@@ -199,7 +400,13 @@ def test_importance_sees_dead_channels_and_states_of_mamba1():
     ({"axes": "block"}, "axes is 'block'; a mamba2 model accepts"),
     ({"rule": "best"}, "rule is 'best'; accepted: one of"),
     ({"norm_repair": "best"}, "norm_repair is 'best'; accepted: one of"),
-    ({"bundle": 0}, r"bundle is 0; accepted: a share in \(0, 1\]"),
+    ({"bundle": 0}, r"bundle is 0; accepted: a share in \(0, 1\], a number of units >= 1, or None"),
+    ({"bundle": 1.5}, "bundle is 1.5; accepted"),
+    ({"bundle": {"head": 1}}, r"bundle has the axes \['head'\]; accepted: one bundle for all, or one for each"),
+    ({"method": "magic"}, "method is 'magic'; accepted: one of"),
+    ({"score": "magic"}, "score is 'magic'; accepted: one of"),
+    ({"score": {"head": "magnitude"}}, r"score names no method for \['state'\]"),
+    ({"score": "ghost"}, r"method 'ghost' has no scores for \['head'\]; it has \['state'\]"),
     ({"sequences": 0}, "sequences is 0; accepted: an integer >= 1"),
     ({"text": "some text"}, "this model has no tokenizer"),
     ({"text": torch.zeros(2, 2, 2)}, r"text has shape \(2, 2, 2\)"),

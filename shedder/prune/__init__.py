@@ -2,8 +2,10 @@
 
 from shedder.prune.mask import masked
 from shedder.prune.plan import LayerPlan, Plan, PlanError
-from shedder.prune.search import prefix, search
+from shedder.prune.scores import Scores, score
+from shedder.prune.search import prefix, search, solve
 from shedder.prune.size import parameter_count, state_bytes
 from shedder.prune.slice import compact
 
-__all__ = ["LayerPlan", "Plan", "PlanError", "compact", "masked", "parameter_count", "prefix", "search", "state_bytes"]
+__all__ = ["LayerPlan", "Plan", "PlanError", "Scores", "compact", "masked", "parameter_count", "prefix", "score",
+           "search", "solve", "state_bytes"]

@@ -1,0 +1,118 @@
+"""What a search can remove next: blocks, SSMs, and bundles of units of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shedder.layout import LayerLayout, RemovedBlock
+from shedder.nn.config import ModelConfig
+from shedder.prune.budget import Budget
+from shedder.prune.plan import LayerPlan, compacted_layout
+from shedder.prune.scores import Scores
+from shedder.prune.trials import Key, Trial
+from shedder.prune.units import Axis, Rows
+
+Bundle = float | int | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    key: Key
+    units: tuple[int, ...]
+    increment: LayerPlan                               # alone, in the numbering of the dense model
+    cut: LayerPlan                                     # of the layer, with the increment
+    gain: float                                        # shares of the unmet measures that it removes
+
+    @property
+    def layer(self) -> int:
+        return self.key[0]
+
+    @property
+    def axis(self) -> str:
+        return self.key[1]
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(self.key, self.layer, self.cut)
+
+
+@dataclass
+class Pruned:
+    """The shape of a model as pruned so far, without its weights."""
+
+    dense: ModelConfig
+    norm_repair: str
+    config: ModelConfig = field(init=False)
+    cuts: dict[int, LayerPlan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.config = self.dense
+
+    def cut_of(self, layer: int) -> LayerPlan:
+        return self.cuts.get(layer, LayerPlan())
+
+    def layout_with(self, layer: int, cut: LayerPlan) -> LayerLayout:
+        return compacted_layout(self.dense.layers[layer], cut, self.norm_repair)
+
+    def apply(self, layer: int, increment: LayerPlan) -> LayerPlan:
+        """The layer's cut with the increment."""
+        cut = self.cut_of(layer).merged(increment)
+        self.config = self.config.with_layer(layer, self.layout_with(layer, cut))
+        self.cuts[layer] = cut
+        return cut
+
+    @property
+    def blocks_left(self) -> int:
+        return sum(not isinstance(layout, RemovedBlock) for layout in self.config.layers)
+
+
+class Candidates:
+    """What can go, by axis and bundle.
+
+    bundles[axis]: a share of a layer's units, a number of them, or None: each unit is a candidate of its own. A
+    bundle takes the units of the lowest score that are still there, from each row of units as many; one always stays.
+    """
+
+    def __init__(self, axes: Sequence[Axis], bundles: Mapping[str, Bundle], scores: Scores | None) -> None:
+        self.axes, self.bundles, self.scores = axes, bundles, scores
+
+    def of_model(self, pruned: Pruned, budget: Budget) -> list[Candidate]:
+        """All that bring the model nearer to its budget."""
+        unmet = budget.unmet(pruned.config)
+        return [candidate for layer in range(len(pruned.config.layers))
+                for candidate in self.of_layer(pruned, budget, unmet, layer)]
+
+    def of_layer(self, pruned: Pruned, budget: Budget, unmet: list[str], layer: int) -> Iterator[Candidate]:
+        dense, layout = pruned.dense.layers[layer], pruned.config.layers[layer]
+        if isinstance(layout, RemovedBlock):
+            return
+        cut = pruned.cut_of(layer)
+        for axis in self.axes:
+            if not axis.rows(layout) or (axis.name == "block" and pruned.blocks_left == 1):
+                continue
+            for unit, units in self._choices(axis, layer, axis.rows(dense), axis.removed(dense, cut)):
+                increment = axis.cut(dense, units)
+                merged = cut.merged(increment)
+                gain = budget.gain(pruned.config, layer, pruned.layout_with(layer, merged), unmet)
+                if gain > 0:
+                    yield Candidate((layer, axis.name, unit), units, increment, merged, gain)
+
+    def _choices(self, axis: Axis, layer: int, rows: Rows, gone: set[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+        if axis.takes_all:
+            yield -1, rows[0]
+            return
+        bundle = self.bundles[axis.name]
+        left = [[unit for unit in row if unit not in gone] for row in rows]
+        if bundle is None:
+            for number, units in enumerate(zip(*rows, strict=True)):
+                if not gone & set(units) and len(left[0]) > 1:
+                    yield number, units
+            return
+        assert self.scores is not None
+        values = self.scores.of(layer, axis.name)
+        full = len(rows[0])
+        count = min(bundle if isinstance(bundle, int) else max(1, round(bundle * full)), len(left[0]) - 1)
+        if count > 0:
+            yield -1, tuple(sorted(unit for row in left
+                                   for unit in sorted(row, key=lambda unit: (values[unit], unit))[:count]))

@@ -1,0 +1,56 @@
+"""Activation norms of Minitron-SSM (Taghibakhshi et al., 2025, eq. 16-25). One forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from shedder.layout import RemovedBlock, RemovedSSM, SSDLayout
+from shedder.nn import LanguageModel
+from shedder.nn.block import Block
+from shedder.ops import linear
+from shedder.prune.calibration import Calibration
+from shedder.prune.scores.observe import live_mixers
+
+
+@torch.no_grad()
+def activation(model: LanguageModel, calibration: Calibration) -> list[dict[str, Tensor]]:
+    """Squared norms of the x branch before the convolution, s = norm(input) W_x^T.
+
+    |s| is averaged over time and squared over sequences, as Minitron takes it. A head counts for the sum over its
+    channels: its norm, squared.
+    """
+    config = model.config
+    sums: dict[int, Tensor] = {}
+
+    def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        layout = config.layers[index]
+        assert not isinstance(layout, RemovedBlock)
+        first = 0 if config.family == "mamba1" else layout.d_inner            # in_proj is [x z] or [z x ...]
+        weight = live_mixers(model)[index].in_proj.weight[first:first + layout.d_inner]      # type: ignore[union-attr, index]
+
+        def see(module: nn.Module, inputs: tuple[Tensor, ...], hidden: Tensor) -> None:
+            mean = linear(hidden, weight).double().abs().mean(1)
+            sums[index] = sums.get(index, torch.zeros((), dtype=torch.float64)) + mean.square().sum(0).cpu()
+        return see
+
+    handles = [cast(Block, model.layers[index]).norm.register_forward_hook(hook(index)) for index in live_mixers(model)]
+    try:
+        for tokens in calibration.inputs:
+            model(tokens, last_only=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    scores: list[dict[str, Tensor]] = [{} for _ in config.layers]
+    for index, channels in sums.items():
+        layout = config.layers[index]
+        if config.family == "mamba1":
+            scores[index] = {"channel": channels}
+        else:
+            assert isinstance(layout, (SSDLayout, RemovedSSM))
+            scores[index] = {"head": channels.unflatten(0, (-1, layout.headdim)).sum(1)}
+    return scores
