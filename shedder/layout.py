@@ -74,6 +74,10 @@ class ScanLayout:
         return 2 * self.d_inner
 
     @property
+    def out_proj_columns(self) -> int:
+        return self.d_inner
+
+    @property
     def x_proj_rows(self) -> int:
         return self.dt_rank + 2 * self.ngroups * self.dstate
 
@@ -89,7 +93,8 @@ class SSDLayout:
     head_to_group[h] is the B/C group that head h reads; groups may serve any number of
     heads. norm_segments covers the d_inner channels in order; empty means no gated norm.
     row_padding counts zero rows at the end of in_proj: they keep vector loads legal and
-    are never seen by the maths.
+    are never seen by the maths. mlp_channels stand beside the SSM (d_ssm < d_inner in mamba_ssm):
+    their gate and value come first in in_proj, the gated value first in out_proj.
     """
 
     kind: ClassVar[str] = "ssd"
@@ -100,6 +105,7 @@ class SSDLayout:
     norm_segments: tuple[NormSegment, ...] = ()
     conv_width: int = 4                                 # W
     row_padding: int = 0
+    mlp_channels: int = 0
 
     def __post_init__(self) -> None:
         _require_int("headdim", self.headdim, 1, 256)
@@ -107,6 +113,7 @@ class SSDLayout:
         _require_int("ngroups", self.ngroups, 1)
         _require_int("conv_width", self.conv_width, 1, 4)
         _require_int("row_padding", self.row_padding, 0)
+        _require_int("mlp_channels", self.mlp_channels, 0)
         _require(len(self.head_to_group) > 0, "head_to_group", self.head_to_group, "at least one head")
         for group in self.head_to_group:
             _require_int("head_to_group", group, 0, self.ngroups - 1)
@@ -125,8 +132,13 @@ class SSDLayout:
         return self.d_inner + 2 * self.ngroups * self.dstate
 
     @property
-    def in_proj_rows(self) -> int:                      # z, x, B, C, dt, padding
-        return 2 * self.d_inner + 2 * self.ngroups * self.dstate + self.nheads + self.row_padding
+    def in_proj_rows(self) -> int:                      # MLP gate and value, z, x, B, C, dt, padding
+        return (2 * self.mlp_channels + 2 * self.d_inner + 2 * self.ngroups * self.dstate + self.nheads
+                + self.row_padding)
+
+    @property
+    def out_proj_columns(self) -> int:                  # MLP, y
+        return self.mlp_channels + self.d_inner
 
     @property
     def state_elements(self) -> int:
@@ -138,6 +150,7 @@ class RemovedSSM:
     """A layer whose state-space part is gone: y = D * silu(conv(x)), gated and normalised as before.
 
     One gain D per head of headdim channels; a Mamba-1 layer has headdim 1. No B, C, dt, no state.
+    Without a gated norm between them D can live in out_proj: gain is False then.
     """
 
     kind: ClassVar[str] = "removed_ssm"
@@ -145,11 +158,16 @@ class RemovedSSM:
     headdim: int                                        # P
     norm_segments: tuple[NormSegment, ...] = ()
     conv_width: int = 4                                 # W
+    mlp_channels: int = 0
+    gain: bool = True
 
     def __post_init__(self) -> None:
         _require_int("nheads", self.nheads, 1)
         _require_int("headdim", self.headdim, 1, 256)
         _require_int("conv_width", self.conv_width, 1, 4)
+        _require_int("mlp_channels", self.mlp_channels, 0)
+        _require(isinstance(self.gain, bool), "gain", self.gain, "true or false")
+        _require(self.gain or not self.norm_segments, "gain", self.gain, "true where there is a gated norm")
         _require_cover(self.norm_segments, self.d_inner)
 
     @property
@@ -161,8 +179,12 @@ class RemovedSSM:
         return self.d_inner
 
     @property
-    def in_proj_rows(self) -> int:                      # z, x
-        return 2 * self.d_inner
+    def in_proj_rows(self) -> int:                      # MLP gate and value, z, x
+        return 2 * self.mlp_channels + 2 * self.d_inner
+
+    @property
+    def out_proj_columns(self) -> int:
+        return self.mlp_channels + self.d_inner
 
     @property
     def state_elements(self) -> int:
@@ -181,6 +203,8 @@ class RemovedBlock:
 
 
 LayerLayout = ScanLayout | SSDLayout | RemovedSSM | RemovedBlock
+# Fields that the first files did not have, and what those files meant.
+_ADDED: dict[str, dict[str, Any]] = {"ssd": {"mlp_channels": 0}, "removed_ssm": {"mlp_channels": 0, "gain": True}}
 _KINDS = {cls.kind: cls for cls in (ScanLayout, SSDLayout, RemovedSSM, RemovedBlock)}
 
 
@@ -202,6 +226,7 @@ def layout_from_json(data: dict[str, Any]) -> LayerLayout:
     _require(kind in _KINDS, "kind", kind, f"one of {sorted(_KINDS)}")
     cls = _KINDS[kind]
     names = [field.name for field in fields(cls)]
+    values = _ADDED.get(kind, {}) | values
     _require(sorted(values) == sorted(names), f"fields of a {kind} layout", sorted(values), str(sorted(names)))
     for name in ("head_to_group", "channel_to_group"):
         if values.get(name) is not None:

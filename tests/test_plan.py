@@ -105,7 +105,7 @@ GOOD = {"version": 1, "family": "mamba2", "layers": {}}
     ('{"version": 1, "version": 1}', "the key 'version' appears more than once"),
     ({**GOOD, "version": 2}, "version is 2; accepted: 1"),
     ({**GOOD, "family": "mamba3"}, "family is 'mamba3'; accepted: one of ('mamba1', 'mamba2')"),
-    ({**GOOD, "norm_repair": "maybe"}, "norm_repair is 'maybe'; accepted: one of ('exact', 'none')"),
+    ({**GOOD, "norm_repair": "maybe"}, "norm_repair is 'maybe'; accepted: one of ('exact', 'stats', 'none')"),
     ({**GOOD, "extra": 1}, "found ['extra', 'family', 'layers', 'version']"),
     ({"version": 1, "family": "mamba2"}, "found ['family', 'version']"),
     ({**GOOD, "layers": []}, "layers is []; accepted: an object"),
@@ -144,7 +144,7 @@ def test_what_is_left_of_each_kind_of_layer():
     plan = Plan("mamba1", {0: LayerPlan(channels=(3, 9), states=((2,),)), 1: LayerPlan(ssm=True, channels=(0,)),
                            3: LayerPlan(channels=(0, 1))})
     assert plan.compacted_config(MAMBA1).layers == (
-        ScanLayout(d_inner=8, dstate=3, dt_rank=3), RemovedSSM(9, 1), RemovedSSM(10, 1),
+        ScanLayout(d_inner=8, dstate=3, dt_rank=3), RemovedSSM(9, 1, gain=False), RemovedSSM(10, 1),
         ScanLayout(d_inner=2, dstate=4, dt_rank=3))
 
 

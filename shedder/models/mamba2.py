@@ -14,6 +14,9 @@ from shedder.nn.config import ModelConfig
 
 SECTIONS = Sections(
     axes={
+        "mlp_gate": ("mlp",),                           # beside the SSM, where d_ssm < d_inner
+        "mlp_value": ("mlp",),
+        "mlp": ("mlp",),
         "z": ("head", "channel"),
         "x": ("head", "channel"),
         "B": ("group", "state"),
@@ -27,16 +30,17 @@ SECTIONS = Sections(
         "tap": ("tap",),
     },
     tensors={
-        "in_proj.weight": (("z", "x", "B", "C", "dt", "padding"), ("model",)),
-        "in_proj.bias": (("z", "x", "B", "C", "dt", "padding"),),
-        "conv1d.weight": (("x", "B", "C"), ("one",), ("tap",)),
-        "conv1d.bias": (("x", "B", "C"),),
-        "dt_bias": (("dt",),),
-        "A_log": (("dt",),),
-        "D": (("gain",),),
-        "norm.weight": (("x",),),
-        "out_proj.weight": (("model",), ("x",)),
-        "out_proj.bias": (("model",),),
+        "norm.weight": (("model",),),
+        "mixer.in_proj.weight": (("mlp_gate", "mlp_value", "z", "x", "B", "C", "dt", "padding"), ("model",)),
+        "mixer.in_proj.bias": (("mlp_gate", "mlp_value", "z", "x", "B", "C", "dt", "padding"),),
+        "mixer.conv1d.weight": (("x", "B", "C"), ("one",), ("tap",)),
+        "mixer.conv1d.bias": (("x", "B", "C"),),
+        "mixer.dt_bias": (("dt",),),
+        "mixer.A_log": (("dt",),),
+        "mixer.D": (("gain",),),
+        "mixer.norm.weight": (("x",),),
+        "mixer.out_proj.weight": (("model",), ("mlp", "x")),
+        "mixer.out_proj.bias": (("model",),),
     },
     removed_with_ssm=frozenset({"B", "C", "dt", "padding"}),
 )

@@ -17,8 +17,20 @@ Axis = str
 
 @dataclass(frozen=True)
 class Sections:
-    """The tables of one family; parameter names are relative to the mixer."""
+    """The tables of one family; parameter names are relative to the block."""
 
     axes: dict[Section, tuple[Axis, ...]]
     tensors: dict[str, tuple[tuple[Section, ...], ...]]
     removed_with_ssm: frozenset[Section]                # sections that vanish when the SSM is removed
+
+
+# What every family has outside its blocks.
+MODEL_SECTIONS = Sections(
+    axes={"vocabulary": ("vocabulary",), "model": ("model",)},
+    tensors={
+        "backbone.embedding.weight": (("vocabulary",), ("model",)),
+        "backbone.norm_f.weight": (("model",),),
+        "lm_head.weight": (("vocabulary",), ("model",)),
+    },
+    removed_with_ssm=frozenset(),
+)

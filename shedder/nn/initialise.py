@@ -37,7 +37,8 @@ def initialise(model: nn.Module, n_layers: int) -> None:
 def _initialise_mixer(mixer: Mixer, n_layers: int) -> None:
     nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
     mixer.out_proj.weight /= math.sqrt(n_layers)
-    mixer.D.fill_(1.0)
+    if mixer.D is not None:
+        mixer.D.fill_(1.0)
     if isinstance(mixer, Mamba1Mixer):
         bound = mixer.layout.dt_rank ** -0.5
         mixer.dt_proj.weight.uniform_(-bound, bound)

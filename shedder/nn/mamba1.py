@@ -85,7 +85,8 @@ class Mamba1Mixer(Mixer):
             y = self._scan(x, dt, A, B, C, None, None, False, state)
         y = probe("y", y.to(dtype))
         gated = (y.to(wide) * F.silu(z.to(wide))).to(dtype).transpose(1, 2)
-        return probe("out", linear(probe("gated", gated), self.out_proj.weight, self.out_proj.bias))
+        inner = probe("inner", probe("gated", gated))
+        return probe("out", linear(inner, self.out_proj.weight, self.out_proj.bias))
 
     def _scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, bias: Tensor | None,
               softplus: bool, state: LayerState | None) -> Tensor:

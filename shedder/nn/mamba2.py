@@ -7,11 +7,21 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shedder.layout import SSDLayout
 from shedder.nn.config import ModelConfig
-from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_parameter, overwrite, past
+from shedder.nn.mixer import (
+    Mixer,
+    beside,
+    convolve,
+    empty_conv,
+    empty_linear,
+    empty_parameter,
+    overwrite,
+    past,
+    split_mlp,
+)
 from shedder.nn.norm import GatedRMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
@@ -22,8 +32,12 @@ CHUNK = 128                                             # a hint of the drop-in 
 
 
 class Mamba2Mixer(Mixer):
-    """in_proj -> [z | x | B | C | dt | padding]; conv + SiLU over x, B, C; SSD; gated norm; out_proj."""
+    """in_proj -> [z | x | B | C | dt | padding]; conv + SiLU over x, B, C; SSD; gated norm; out_proj.
 
+    With MLP channels their gate and value come first in in_proj, and their product first in out_proj.
+    """
+
+    D: nn.Parameter
     head_to_group: Tensor
     value_constants = ("A_log",)
     view_constants = ("D", "dt_bias")
@@ -43,7 +57,7 @@ class Mamba2Mixer(Mixer):
         self.D = empty_parameter(layout.d_inner if config.d_has_hdim else layout.nheads, device=device, dtype=wide)
         self.norm = (GatedRMSNorm(layout.norm_segments, config.norm_before_gate, device, dtype)
                      if layout.norm_segments else None)
-        self.out_proj = empty_linear(layout.d_inner, config.d_model, config.proj_bias, device, dtype)
+        self.out_proj = empty_linear(layout.out_proj_columns, config.d_model, config.proj_bias, device, dtype)
         self.register_buffer("head_to_group", torch.tensor(layout.head_to_group, dtype=torch.int32, device=device),
                              persistent=False)
         bc = layout.ngroups * layout.dstate
@@ -73,7 +87,8 @@ class Mamba2Mixer(Mixer):
         layout, probe = self.layout, self.probe
         conv_weight, A, A_full, D, D_full = self.constants()
 
-        z, xBC, dt = linear(hidden, self.in_proj.weight, self.in_proj.bias).split(self._in_split, dim=-1)[:3]
+        mlp, zxbcdt = split_mlp(linear(hidden, self.in_proj.weight, self.in_proj.bias), layout.mlp_channels)
+        z, xBC, dt = zxbcdt.split(self._in_split, dim=-1)[:3]
         x, B, C = convolve(xBC, conv_weight, self.conv1d.bias, state).split(self._conv_split, dim=-1)
         x = x.unflatten(-1, (layout.nheads, layout.headdim))
         B = B.unflatten(-1, (layout.ngroups, layout.dstate))
@@ -103,21 +118,23 @@ class Mamba2Mixer(Mixer):
             y = y.flatten(2)
             if self.norm is not None:
                 y = self.norm(y, z)
-            return linear(y, self.out_proj.weight, self.out_proj.bias)
+            return linear(beside(mlp, y), self.out_proj.weight, self.out_proj.bias)
         y = gate_and_norm_probed(probe("y", y).flatten(2), z, self.norm, probe)
+        y = probe("inner", beside(mlp, y, probe))
         return probe("out", linear(y, self.out_proj.weight, self.out_proj.bias))
 
     def _step(self, hidden: Tensor, state: LayerState) -> Tensor:
         conv_weight, A, _, D, _ = self.constants()
         in_proj, out_proj, norm, layout = self.in_proj, self.out_proj, self.norm, self.layout
         assert state.ssm is not None
+        mlp, zxbcdt = split_mlp(linear(hidden.squeeze(1), in_proj.weight, in_proj.bias), layout.mlp_channels)
         y = step_mixer(
-            linear(hidden.squeeze(1), in_proj.weight, in_proj.bias), state.conv, state.ssm, conv_weight,
+            zxbcdt, state.conv, state.ssm, conv_weight,
             self.conv1d.bias, self.dt_bias, A, D, None if norm is None else norm.weight, headdim=layout.headdim,
             ngroups=layout.ngroups, dstate=layout.dstate, head_to_group=self.head_to_group,
             norm_segments=self._norm_segments, norm_before_gate=self.norm_before_gate, dt_limit=self.dt_limit,
             row_padding=layout.row_padding)
-        return linear(y, out_proj.weight, out_proj.bias).unsqueeze(1)
+        return linear(beside(mlp, y), out_proj.weight, out_proj.bias).unsqueeze(1)
 
 
 def gate_and_norm_probed(y: Tensor, z: Tensor, norm: GatedRMSNorm | None, probe) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shedder.nn.precision import WideParameters
@@ -24,13 +25,15 @@ class Mixer(WideParameters):
         "dt"     after bias, softplus and limit, in fp32 or wider: (B, L, H) or (B, D, L)
         "y"      output of the scan with the D skip, before the gate; like x
         "gated"  input of the norm, or of out_proj without one: (B, L, d_inner)
+        "mlp"    where d_ssm < d_inner, what stands beside the SSM: (B, L, mlp_channels)
+        "inner"  input of out_proj: (B, L, mlp_channels + d_inner)
         "out"    output of the mixer: (B, L, d_model)
-    in prefill and in single steps. A mixer whose SSM is removed passes x, y, gated and out.
+    in prefill and in single steps. A mixer whose SSM is removed passes no B, C, dt.
     """
 
     conv1d: nn.Conv1d
     out_proj: nn.Linear
-    D: nn.Parameter
+    D: nn.Parameter | None
     wide = ("A_log", "D", "dt_bias", "dt_proj.bias")
     value_constants: tuple[str, ...] = ()               # parameters whose values _derive() transforms
     view_constants: tuple[str, ...] = ()                # parameters that _derive() only views
@@ -52,6 +55,8 @@ class Mixer(WideParameters):
         stamps: list[int] = []
         for name in self.value_constants:
             tensor = getattr(self, name)
+            if tensor is None:
+                continue
             if tensor.is_inference():                   # keeps no version, so a change would pass unseen
                 return None
             stamps += (tensor._version, tensor.data_ptr())
@@ -95,6 +100,22 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState |
         else:
             state.conv.copy_(x[..., length - kept:])
     return y.transpose(1, 2)
+
+
+def split_mlp(projected: Tensor, channels: int) -> tuple[Tensor | None, Tensor]:
+    """[gate | value] of the channels beside the SSM, None without any, and the rest of what in_proj put out."""
+    if not channels:
+        return None, projected
+    return projected[..., :2 * channels], projected[..., 2 * channels:]
+
+
+def beside(mlp: Tensor | None, y: Tensor, probe: Probe | None = None) -> Tensor:
+    """y behind the channels beside the SSM, silu(gate) times value."""
+    if mlp is None:
+        return y
+    gate, value = mlp.chunk(2, dim=-1)
+    gated = F.silu(gate) * value
+    return torch.cat([gated if probe is None else probe("mlp", gated), y], dim=-1)
 
 
 def past(state: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,43 +3,58 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from shedder.layout import LayerLayout, LayoutError, RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
+from shedder.layout import LayerLayout, LayoutError, RemovedBlock, RemovedSSM, ScanLayout
 from shedder.models import mamba1, mamba2
-from shedder.models.sections import Axis, Sections
+from shedder.models.sections import MODEL_SECTIONS, Axis, Section, Sections
 from shedder.nn import LanguageModel, build_block
 from shedder.nn.config import ModelConfig
-from shedder.prune.plan import Kept, LayerPlan, Plan, compacted_layout, repaired_segments
+from shedder.prune.calibration import Calibration
+from shedder.prune.kept import Kept, compacted_layout, rest
+from shedder.prune.layer_plan import LayerPlan
+from shedder.prune.plan import Plan
+from shedder.prune.repair import put_in, put_in_outside, refit_out_proj
+from shedder.prune.statistics import DenseStatistics, dense_statistics
 
 _LAYERS = "backbone.layers."
 _SECTIONS = {"mamba1": mamba1.SECTIONS, "mamba2": mamba2.SECTIONS}
-ZERO_ROW = -1                       # in a list of kept indices: a new row of zeros
 
-# The kept indices of an axis; a dict when they depend on the index of the axis outside it
-# (states differ from group to group), with the key None for a section without that axis.
-Kept_indices = Sequence[int] | Mapping[int | None, Sequence[int]]
+# A row after the cut: the mean of these rows before it. One row stays as it is; of none comes a row of zeros.
+Row = tuple[int, ...]
+
+# What stays of an axis; a dict where that depends on the index of the axis outside it (states differ
+# from group to group), with the key None for a section without that axis.
+Choice = Sequence[Row] | Mapping[int | None, Sequence[int]]
 
 
-def compact(model: LanguageModel, plan: Plan) -> LanguageModel:
+def compact(model: LanguageModel, plan: Plan, calibration: Calibration | DenseStatistics | None = None
+            ) -> LanguageModel:
     """A new, physically smaller model; `model` and its tensors stay as they are. Dtypes and device are kept.
 
+    Args:
+        calibration: tokens, or what was measured on them, for a plan with norm_repair "stats" or with repairs.
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model, or lacks the calibration that its repairs need.
     """
     config = model.config
     compacted = LanguageModel(plan.compacted_config(config), model.device, model.dtype, initialise=False)
-    tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()
+    if isinstance(calibration, Calibration):
+        calibration = (dense_statistics(model, calibration, inputs="out_proj" in plan.repairs)
+                       if plan.needs_statistics else None)
+    outside = {name: parameter.detach() for name, parameter in model.named_parameters()
                if not name.startswith(_LAYERS)}
+    tensors = slice_tensors(put_in_outside(outside, config, plan, calibration), MODEL_SECTIONS, _outside_axes(config),
+                            {"model": _rows(rest(config.d_model, plan.d_model)),
+                             "vocabulary": _rows(range(config.vocab_size))})
     for index, block in enumerate(model.layers):
-        cut = plan.layers.get(index, LayerPlan())
-        own = {name: parameter.detach() for name, parameter in block.named_parameters()}
-        for name, tensor in compact_block_tensors(own, config, index, cut, plan.norm_repair).items():
-            tensors[f"{_LAYERS}{index}.{name}"] = tensor
+        small = compact_block(block, config, index, plan, calibration)
+        tensors |= {f"{_LAYERS}{index}.{name}": parameter.detach() for name, parameter in small.named_parameters()}
     _adopt(compacted, tensors)
     compacted.tokenizer_name, compacted.tokenizer_folder = model.tokenizer_name, model.tokenizer_folder
     compacted.provenance = dict(model.provenance)
@@ -49,14 +64,20 @@ def compact(model: LanguageModel, plan: Plan) -> LanguageModel:
     return compacted.train(model.training)
 
 
-def compact_block(block: nn.Module, config: ModelConfig, index: int, cut: LayerPlan, norm_repair: str) -> nn.Module:
-    """Block `index` of a model of `config` after a cut, as a new module on the same device."""
-    layout = compacted_layout(config.layers[index], cut, norm_repair)
+def compact_block(block: nn.Module, config: ModelConfig, index: int, plan: Plan,
+                  statistics: DenseStatistics | None = None) -> nn.Module:
+    """Block `index` of a model of `config` after its part of a plan, as a new module on the same device."""
+    cut = plan.layers.get(index, LayerPlan())
+    layout = compacted_layout(config.layers[index], cut, plan.norm_repair)
     own = {name: parameter.detach() for name, parameter in block.named_parameters()}
     some = next(iter(own.values()), None)
     device, dtype = (None, None) if some is None else (some.device, some.dtype)
-    compacted = build_block(config.with_layer(index, layout), index, device, dtype)
-    _adopt(compacted, compact_block_tensors(own, config, index, cut, norm_repair))
+    compacted = build_block(plan.with_kept_d_model(config).with_layer(index, layout), index, device, dtype)
+    if not isinstance(layout, RemovedBlock):
+        dense_shaped = put_in(own, config, index, plan, statistics)
+        _adopt(compacted, slice_block(dense_shaped, config, index, plan))
+        if not cut.empty or plan.d_model:
+            refit_out_proj(block, compacted, index, plan, statistics)
     return compacted.train(block.training)
 
 
@@ -73,43 +94,80 @@ def _adopt(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         parameter.data = tensors[name]
 
 
-def compact_block_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, index: int, cut: LayerPlan,
-                          norm_repair: str) -> dict[str, Tensor]:
-    """The tensors of one block (names relative to it) after a cut; always copies."""
-    if cut.block:
-        return {}
-    mixer = {name.removeprefix("mixer."): t for name, t in tensors.items() if name.startswith("mixer.")}
-    result = {name: t.clone() for name, t in tensors.items() if not name.startswith("mixer.")}
-    if cut.empty:
-        return {name: t.clone() for name, t in tensors.items()}
-    sliced = slice_mixer(mixer, config, config.layers[index], cut)
-    if "norm.weight" in sliced:
-        sliced["norm.weight"] = _repaired(sliced["norm.weight"], config.layers[index], cut, norm_repair)
-    return result | {f"mixer.{name}": t for name, t in sliced.items()}
+# ---- which rows of which tensor
+
+def slice_block(tensors: Mapping[str, Tensor], config: ModelConfig, index: int, plan: Plan) -> dict[str, Tensor]:
+    """Every tensor of block `index` with the rows and columns that the plan leaves; always copies."""
+    cut = plan.layers.get(index, LayerPlan())
+    layout, sections = config.layers[index], _sections(config)
+    after = compacted_layout(layout, cut, plan.norm_repair)
+    return slice_tensors(tensors, sections, axis_sizes(sections, config, layout),
+                         kept_axes(sections, config, layout, after, plan, cut),
+                         before=_missing(sections, layout), after=_missing(sections, after))
 
 
-def slice_mixer(tensors: Mapping[str, Tensor], config: ModelConfig, layout: LayerLayout,
-                cut: LayerPlan) -> dict[str, Tensor]:
-    """Every tensor of a mixer with the rows and columns that the cut leaves; norm weights unrepaired."""
-    sections = _sections(config)
+def slice_tensors(tensors: Mapping[str, Tensor], sections: Sections, sizes: Mapping[Axis, int],
+                  kept: Mapping[Axis, Choice], before: frozenset[Section] = frozenset(),
+                  after: frozenset[Section] = frozenset()) -> dict[str, Tensor]:
+    """The tensors with the rows that stay on each axis; `before` and `after`: sections that are not there."""
     unknown = sorted(set(tensors) - set(sections.tensors))
     if unknown:
-        raise LayoutError(f"mixer has the tensors {unknown}; the section table of {config.family} describes "
+        raise LayoutError(f"the block has the tensors {unknown}; the section table describes "
                           f"{sorted(sections.tensors)}")
-    no_ssm = sections.removed_with_ssm if cut.ssm or isinstance(layout, RemovedSSM) else frozenset[str]()
-    sizes = _axis_sizes(sections, config, layout)
-    kept = _kept_indices(sections, config, layout, cut)
     sliced = {}
     for name, tensor in tensors.items():
         for dim, names in enumerate(sections.tensors[name]):
-            present = [s for s in names if s not in no_ssm]
-            if not present:                            # the tensor served the SSM alone
+            if after.issuperset(names):                # the tensor served only what is gone
                 break
-            tensor = _take(tensor, dim, _rows(sections, names, frozenset(present), sizes, kept, layout))
+            tensor = _take(tensor, dim, dimension_rows(sections, [s for s in names if s not in before], sizes, kept,
+                                                       after))
         else:
             sliced[name] = tensor
     return sliced
 
+
+def dimension_rows(sections: Sections, names: Sequence[Section], sizes: Mapping[Axis, int],
+                   kept: Mapping[Axis, Choice], after: frozenset[Section]) -> list[Row]:
+    """What stays of one dimension: its sections one after the other, of each the rows that stay."""
+    rows: list[Row] = []
+    start = 0
+    for name in names:
+        axes = sections.axes[name]
+        if name not in after:
+            rows += [tuple(start + source for source in row) for row in section_rows(axes, sizes, kept)]
+        start += math.prod(sizes[axis] for axis in axes)
+    return rows
+
+
+def section_rows(axes: Sequence[Axis], sizes: Mapping[Axis, int], kept: Mapping[Axis, Choice]) -> list[Row]:
+    """The kept rows of one section laid out over `axes`, outermost first, numbered within the section."""
+    rows: list[tuple[tuple[int, int | None], ...]] = [((0, None),)]        # of each source: row, last index
+    for axis in axes:
+        choice, size = kept[axis], sizes[axis]
+        if isinstance(choice, Mapping):
+            rows = [tuple((source * size + i, i) for (source, _), i in zip(row, inner, strict=True))
+                    for row in rows for inner in zip(*(choice[outer] for _, outer in row), strict=True)]
+        else:
+            rows = [tuple((source * size + i, i) for source, _ in row for i in inner)
+                    for row in rows for inner in choice]
+    return [tuple(source for source, _ in row) for row in rows]
+
+
+def _take(tensor: Tensor, dim: int, rows: Sequence[Row]) -> Tensor:
+    """The rows of one dimension; always a copy."""
+    def index(sources: Sequence[int]) -> Tensor:
+        return torch.tensor(sources, dtype=torch.long, device=tensor.device)
+    taken = tensor.index_select(dim, index([row[0] if row else 0 for row in rows]))
+    for position, row in enumerate(rows):
+        if not row:
+            taken.select(dim, position).zero_()
+        elif len(row) > 1:
+            mean = tensor.index_select(dim, index(row)).double().mean(dim)
+            taken.select(dim, position).copy_(mean)
+    return taken
+
+
+# ---- what stays of each axis
 
 def _sections(config: ModelConfig) -> Sections:
     """The table of a family; models with a D per channel have the section channel_gain where others have gain."""
@@ -121,11 +179,18 @@ def _sections(config: ModelConfig) -> Sections:
         for name, dims in sections.tensors.items()})
 
 
+def _missing(sections: Sections, layout: LayerLayout) -> frozenset[Section]:
+    """The sections that a layer of this layout does not have."""
+    if not isinstance(layout, RemovedSSM):
+        return frozenset()
+    return sections.removed_with_ssm | (frozenset() if layout.gain else {"gain", "channel_gain"})
+
+
 def _has_heads(sections: Sections) -> bool:
     return any("head" in axes for axes in sections.axes.values())
 
 
-def _axis_sizes(sections: Sections, config: ModelConfig, layout: LayerLayout) -> dict[Axis, int]:
+def axis_sizes(sections: Sections, config: ModelConfig, layout: LayerLayout) -> dict[Axis, int]:
     """The length of each axis before the cut; what a removed SSM no longer has is 0."""
     assert not isinstance(layout, RemovedBlock)
     units = {"channel": layout.d_inner}
@@ -133,60 +198,27 @@ def _axis_sizes(sections: Sections, config: ModelConfig, layout: LayerLayout) ->
         units = {"head": layout.nheads, "channel": layout.headdim}
     return units | {"group": getattr(layout, "ngroups", 0), "state": getattr(layout, "dstate", 0),
                     "rank": getattr(layout, "dt_rank", 0), "padding": getattr(layout, "row_padding", 0),
-                    "model": config.d_model, "one": 1, "tap": layout.conv_width}
+                    "mlp": getattr(layout, "mlp_channels", 0), "model": config.d_model, "one": 1,
+                    "tap": layout.conv_width}
 
 
-def _kept_indices(sections: Sections, config: ModelConfig, layout: LayerLayout,
-                  cut: LayerPlan) -> dict[Axis, Kept_indices]:
+def kept_axes(sections: Sections, config: ModelConfig, layout: LayerLayout, after: LayerLayout, plan: Plan,
+              cut: LayerPlan) -> dict[Axis, Choice]:
     """What stays of each axis, in the numbering before the cut."""
     kept = Kept.of(layout, cut)
-    indices: dict[Axis, Kept_indices] = {axis: range(size)
-                                         for axis, size in _axis_sizes(sections, config, layout).items()}
-    indices["head" if _has_heads(sections) else "channel"] = kept.heads or kept.channels
-    indices["group"] = kept.groups
-    indices["state"] = {None: kept.states[0] if kept.states else (), **dict(enumerate(kept.states))}
-    after = compacted_layout(layout, cut, "none")
-    indices["padding"] = (ZERO_ROW,) * getattr(after, "row_padding", 0)
-    return indices
+    axes: dict[Axis, Choice] = {
+        "group": kept.groups, "state": {None: kept.states[0] if kept.states else (), **dict(enumerate(kept.states))},
+        "rank": _rows(range(kept.ranks)), "padding": [()] * getattr(after, "row_padding", 0),
+        "mlp": _rows(kept.mlp), "model": _rows(rest(config.d_model, plan.d_model)), "one": [(0,)],
+        "tap": _rows(kept.taps)}
+    if not _has_heads(sections):
+        return axes | {"channel": _rows(kept.units)}
+    return axes | {"head": _rows(kept.units), "channel": dict(enumerate(kept.head_channels))}
 
 
-def _rows(sections: Sections, names: Sequence[str], present: frozenset[str], sizes: Mapping[Axis, int],
-          kept: Mapping[Axis, Kept_indices], layout: LayerLayout) -> list[int]:
-    """The kept indices of one dimension: its sections one after the other, of each the rows that stay."""
-    rows: list[int] = []
-    start = 0
-    for name in names:
-        axes = sections.axes[name]
-        if name in present:
-            rows += [row if row == ZERO_ROW else start + row for row in section_rows(axes, sizes, kept)]
-        if not (isinstance(layout, RemovedSSM) and name in sections.removed_with_ssm):
-            size = 1
-            for axis in axes:
-                size *= sizes[axis]
-            start += size
-    return rows
+def _outside_axes(config: ModelConfig) -> dict[Axis, int]:
+    return {"vocabulary": config.vocab_size, "model": config.d_model}
 
 
-def section_rows(axes: Sequence[Axis], sizes: Mapping[Axis, int], kept: Mapping[Axis, Kept_indices]) -> list[int]:
-    """The kept rows of one section laid out over `axes`, outermost first, numbered within the section."""
-    rows: list[tuple[int, int | None]] = [(0, None)]   # (row, index on the axis outside)
-    for axis in axes:
-        choice = kept[axis]
-        rows = [(ZERO_ROW if i == ZERO_ROW else row * sizes[axis] + i, i) for row, outer in rows
-                for i in (choice[outer] if isinstance(choice, Mapping) else choice)]
-    return [row for row, _ in rows]
-
-
-def _take(tensor: Tensor, dim: int, rows: Sequence[int]) -> Tensor:
-    """tensor.index_select(dim, rows), with zeros for ZERO_ROW; always a copy."""
-    index = torch.tensor(rows, dtype=torch.long, device=tensor.device)
-    taken = tensor.index_select(dim, index.clamp(min=0))
-    return taken.index_fill(dim, (index == ZERO_ROW).nonzero().flatten(), 0) if ZERO_ROW in rows else taken
-
-
-def _repaired(weight: Tensor, layout: LayerLayout, cut: LayerPlan, norm_repair: str) -> Tensor:
-    """Sliced norm weights times the factor of their segment."""
-    assert isinstance(layout, (SSDLayout, RemovedSSM))
-    factors = [factor for segment, factor in repaired_segments(layout, Kept.of(layout, cut), norm_repair)
-               for _ in range(segment.channels)]
-    return (weight.double() * torch.tensor(factors, dtype=torch.float64, device=weight.device)).to(weight.dtype)
+def _rows(units: Sequence[int]) -> list[Row]:
+    return [(unit,) for unit in units]

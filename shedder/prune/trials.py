@@ -14,7 +14,7 @@ from shedder.evaluate import negative_log_likelihood
 from shedder.nn import LanguageModel
 from shedder.prune.calibration import Calibration
 from shedder.prune.parallel import Workers
-from shedder.prune.plan import LayerPlan
+from shedder.prune.plan import LayerPlan, Plan
 from shedder.prune.slice import compact_block
 
 Streams = list[tuple[Tensor, Tensor | None]]           # hidden and residual, one pair per calibration batch
@@ -106,7 +106,8 @@ class Trials:
         return total / count
 
     def _sliced(self, layer: int, cut: LayerPlan) -> nn.Module:
-        return compact_block(self.model.layers[layer], self.model.config, layer, cut, self.norm_repair)
+        plan = Plan(self.model.config.family, {layer: cut}, self.norm_repair)
+        return compact_block(self.model.layers[layer], self.model.config, layer, plan)
 
 
 def _runs(block: nn.Module) -> bool:
