@@ -19,13 +19,13 @@ def layer_parameters(config: ModelConfig, layout: LayerLayout, *, padding: bool 
         rows -= layout.row_padding
     count = config.d_model                                                    # norm before the block
     count += rows * config.d_model + (rows if config.proj_bias else 0)        # in_proj
-    count += config.d_model * layout.d_inner + (config.d_model if config.proj_bias else 0)     # out_proj
+    count += config.d_model * layout.out_proj_columns + (config.d_model if config.proj_bias else 0)     # out_proj
     count += layout.conv_channels * (layout.conv_width + (1 if config.conv_bias else 0))
     if isinstance(layout, ScanLayout):
         count += layout.x_proj_rows * inner
         count += inner * layout.dt_rank + inner                               # dt_proj and its bias
         return count + inner * layout.dstate + inner                          # A_log, D
-    if not isinstance(layout, RemovedSSM) or True:
+    if not isinstance(layout, RemovedSSM) or layout.gain:
         count += inner if config.d_has_hdim else layout.nheads                # D
     count += inner if layout.norm_segments else 0                             # gated norm
     return count if isinstance(layout, RemovedSSM) else count + 2 * layout.nheads            # A_log, dt_bias
@@ -63,7 +63,7 @@ def layer_flops(config: ModelConfig, layout: LayerLayout, *, padding: bool = Tru
     rows = layout.in_proj_rows
     if isinstance(layout, SSDLayout) and not padding:
         rows -= layout.row_padding
-    count = 2 * config.d_model * (rows + layout.d_inner) + 2 * layout.conv_channels * layout.conv_width
+    count = 2 * config.d_model * (rows + layout.out_proj_columns) + 2 * layout.conv_channels * layout.conv_width
     if isinstance(layout, ScanLayout):
         count += 2 * layout.d_inner * (layout.x_proj_rows + layout.dt_rank)
         count += SCAN_FLOPS * layout.d_inner * layout.dstate
