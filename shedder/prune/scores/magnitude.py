@@ -47,7 +47,8 @@ def _sizes(family: str, layout: ScanLayout | SSDLayout | RemovedSSM) -> dict[str
     units = ({"channel": layout.d_inner} if family == "mamba1" or isinstance(layout, ScanLayout) else
              {"head": layout.nheads, "channel": layout.headdim})
     return units | {"group": getattr(layout, "ngroups", 0), "state": getattr(layout, "dstate", 0),
-                    "rank": getattr(layout, "dt_rank", 0), "padding": getattr(layout, "row_padding", 0)}
+                    "rank": getattr(layout, "dt_rank", 0), "padding": getattr(layout, "row_padding", 0),
+                    "mlp": getattr(layout, "mlp_channels", 0)}
 
 
 def _parts(sections: Sections, energies: Mapping[str, Tensor], sizes: Mapping[str, int], no_ssm: bool
@@ -55,7 +56,7 @@ def _parts(sections: Sections, energies: Mapping[str, Tensor], sizes: Mapping[st
     """(axes, energy over them) of each section of rows or columns, other dimensions summed."""
     parts = []
     for name, energy in energies.items():
-        for dim, names in enumerate(sections.tensors[name]):
+        for dim, names in enumerate(sections.tensors["mixer." + name]):
             along = energy.sum([other for other in range(energy.dim()) if other != dim])
             present = [s for s in names if not (no_ssm and s in sections.removed_with_ssm)]
             if any(axis not in sizes for s in present for axis in sections.axes[s]):      # d_model, taps
