@@ -224,15 +224,15 @@ def measure(model: LanguageModel, *, batch: int = 1, prompt: int = 512, tokens: 
 
 def compare(models: dict[str, LanguageModel], *, batch: int = 1, prompt: int = 512, tokens: int = 32,
             rounds: int = 3) -> dict[str, Latency]:
-    """The latency of several models, measured in turn `rounds` times so that a busy machine disturbs all alike."""
+    """The latency of several models, measured in turn `rounds` times; of each the round that was disturbed least."""
     seen: dict[str, list[Latency]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
             seen[name].append(measure(model, batch=batch, prompt=prompt, tokens=tokens, repeats=3))
     result = {}
     for name, runs in seen.items():
-        decode_ms = statistics.median(run.decode_ms for run in runs)
+        decode_ms = min(run.decode_ms for run in runs)
         result[name] = Latency(**{**asdict(runs[0]), "decode_ms": decode_ms,
-                                  "prefill_ms": statistics.median(run.prefill_ms for run in runs),
+                                  "prefill_ms": min(run.prefill_ms for run in runs),
                                   "tokens_per_second": batch / decode_ms * 1e3})
     return result
