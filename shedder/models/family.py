@@ -34,6 +34,7 @@ class Family:
 
 
 _ABSENT = object()
+MAX_SIZE = 1 << 24                                      # of anything that a foreign config may ask for
 
 
 def read(config: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], default: Any = _ABSENT,
@@ -47,6 +48,8 @@ def read(config: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], de
     if not isinstance(value, kinds) or is_stray_bool:
         names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
         raise CheckpointError(f"config.json: {where}{key} is {value!r}; accepted: {names}")
+    if isinstance(value, (int, float)) and not abs(value) <= MAX_SIZE:                # not a number, too
+        raise CheckpointError(f"config.json: {where}{key} is {value!r}; accepted: up to {MAX_SIZE}")
     return value
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from shedder.layout import NormSegment, SSDLayout
 from shedder.models import state_spaces, transformers
-from shedder.models.family import CheckpointError, Family, Source, read, require
+from shedder.models.family import CheckpointError, Family, Source, read
 from shedder.models.sections import Sections
 from shedder.nn.config import ModelConfig
 
@@ -46,6 +47,7 @@ SECTIONS = Sections(
 )
 
 GATED_NORM_EPS = 1e-5                                   # in mamba_ssm's code, not in its config
+MAX_HEADS = 1 << 16
 
 
 def _layout(d_inner: int, headdim: int, dstate: int, ngroups: int, conv_width: int, norm_eps: float | None,
@@ -55,6 +57,8 @@ def _layout(d_inner: int, headdim: int, dstate: int, ngroups: int, conv_width: i
         raise CheckpointError(f"config.json: {where} gives {d_inner} channels in heads of {headdim}; "
                               "accepted: a head size that divides the channels")
     heads = d_inner // headdim
+    if heads > MAX_HEADS:
+        raise CheckpointError(f"config.json: {where} gives {heads} heads; accepted: up to {MAX_HEADS}")
     if ngroups < 1 or heads % ngroups:
         raise CheckpointError(f"config.json: {where} gives {heads} heads in {ngroups} groups; "
                               "accepted: a number of groups that divides the heads")
@@ -83,11 +87,15 @@ def _read_state_spaces(config: Mapping[str, Any]) -> ModelConfig:
         "dt_limit", "bias", "conv_bias"}))
     where = "ssm_cfg."
     d_inner = int(read(ssm, "expand", (int, float), 2, where) * shared["d_model"])
-    require(ssm, "d_ssm", None, (None, d_inner), where)
+    d_ssm = read(ssm, "d_ssm", (int, type(None)), None, where)
+    d_ssm = d_inner if d_ssm is None else d_ssm
+    if not 1 <= d_ssm <= d_inner:
+        raise CheckpointError(f"config.json: ssm_cfg.d_ssm is {d_ssm}; accepted: up to expand * d_model = {d_inner}")
     has_norm = read(ssm, "rmsnorm", bool, True, where)
-    layout = _layout(d_inner, read(ssm, "headdim", int, 64, where), read(ssm, "d_state", int, 128, where),
+    layout = _layout(d_ssm, read(ssm, "headdim", int, 64, where), read(ssm, "d_state", int, 128, where),
                      read(ssm, "ngroups", int, 1, where), read(ssm, "d_conv", int, 4, where),
                      GATED_NORM_EPS if has_norm else None, "ssm_cfg")
+    layout = replace(layout, mlp_channels=d_inner - d_ssm)
     return ModelConfig(family="mamba2", layers=(layout,) * read(config, "n_layer", int), **shared,
                        conv_bias=read(ssm, "conv_bias", bool, True, where),
                        proj_bias=read(ssm, "bias", bool, False, where),
