@@ -48,12 +48,7 @@ void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weig
     p.bias = array(kOp, "bias", bias, {channels});
     p.y = array(kOp, "y", y, {batch, channels, length});
     p.cache_seqlens = integers(kOp, "cache_seqlens", cache_seqlens, batch);
-    p.conv_state_indices = integers(kOp, "conv_state_indices", conv_state_indices, batch);
-    STD_TORCH_CHECK(p.conv_state_indices || slots == batch, "shedder_cpu::causal_conv1d_update: conv_state has ", slots,
-                    " slots for a batch of ", batch);
-    for (int64_t b = 0; p.conv_state_indices && b < batch; ++b)
-        STD_TORCH_CHECK(p.conv_state_indices[b] < slots, "shedder_cpu::causal_conv1d_update: conv_state_indices has ",
-                        p.conv_state_indices[b], " but conv_state has ", slots, " slots");
+    p.conv_state_indices = slot_numbers(kOp, conv_state_indices, batch, slots);
     p.silu = silu;
     p.channels = channels;
     p.length = length;

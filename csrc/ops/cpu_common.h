@@ -53,6 +53,17 @@ inline const int32_t *integers(const char *op, const char *name, const MaybeTens
     return static_cast<const int32_t *>(t->const_data_ptr());
 }
 
+// The slot of each batch row's state, null where they lie in the batch's order; negative numbers are padding.
+inline const int32_t *slot_numbers(const char *op, const MaybeTensor &t, int64_t batch, int64_t slots) {
+    const int32_t *numbers = integers(op, "the slot numbers", t, batch);
+    STD_TORCH_CHECK(numbers || slots == batch, "shedder_cpu::", op, ": there are ", slots, " slots for a batch of ",
+                    batch);
+    for (int64_t b = 0; numbers && b < batch; ++b)
+        STD_TORCH_CHECK(numbers[b] < slots, "shedder_cpu::", op, ": slot ", numbers[b], " is asked for but there are ",
+                        slots, " slots");
+    return numbers;
+}
+
 // Channels sorted by the group they read, and cut into tiles within a group.
 struct Tiling {
     std::vector<int32_t> order;       // empty: as they are

@@ -30,12 +30,7 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
     p.dt_softplus = dt_softplus;
     if (groups > 1) p.head_to_group = integers(kOp, "head_to_group", head_to_group, heads == 1 ? headdim : heads);
     STD_TORCH_CHECK(groups == 1 || p.head_to_group, "shedder_cpu::state_update: head_to_group is needed for G > 1");
-    p.state_batch_indices = integers(kOp, "state_batch_indices", state_batch_indices, batch);
-    STD_TORCH_CHECK(p.state_batch_indices || slots == batch, "shedder_cpu::state_update: state has ", slots,
-                    " slots for a batch of ", batch);
-    for (int64_t b = 0; p.state_batch_indices && b < batch; ++b)
-        STD_TORCH_CHECK(p.state_batch_indices[b] < slots, "shedder_cpu::state_update: state_batch_indices has ",
-                        p.state_batch_indices[b], " but state has ", slots, " slots");
+    p.state_batch_indices = slot_numbers(kOp, state_batch_indices, batch, slots);
     p.heads = heads;
     p.headdim = headdim;
     p.states = states;
