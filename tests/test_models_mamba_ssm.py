@@ -29,18 +29,18 @@ def mamba1_tensors():
     yield from shared_tensors()
 
 
-def mamba2_tensors(heads=4, groups=1, dstate=128):
+def mamba2_tensors(heads=4, groups=1, dstate=128, d_ssm=64):
     d_inner = 64
-    conv = d_inner + 2 * groups * dstate
+    conv = d_ssm + 2 * groups * dstate
     for i in range(LAYERS):
         mixer = f"backbone.layers.{i}.mixer."
         yield mixer + "dt_bias", torch.randn(heads) - 3
         yield mixer + "A_log", torch.rand(heads)
         yield mixer + "D", torch.randn(heads)
-        yield mixer + "in_proj.weight", 0.2 * torch.randn(d_inner + conv + heads, D_MODEL)
+        yield mixer + "in_proj.weight", 0.2 * torch.randn(2 * d_inner - d_ssm + conv + heads, D_MODEL)
         yield mixer + "conv1d.weight", 0.5 * torch.randn(conv, 1, 4)
         yield mixer + "conv1d.bias", 0.1 * torch.randn(conv)
-        yield mixer + "norm.weight", 1 + 0.1 * torch.randn(d_inner)
+        yield mixer + "norm.weight", 1 + 0.1 * torch.randn(d_ssm)
         yield mixer + "out_proj.weight", 0.2 * torch.randn(D_MODEL, d_inner)
     yield from shared_tensors()
 
@@ -104,8 +104,10 @@ def mamba1_mixer(hidden, p):
 
 def mamba2_mixer(hidden, p):
     heads, dstate = p["A_log"].numel(), 128
-    z, xBC, dt = (hidden @ p["in_proj.weight"].T).split([64, 64 + 2 * dstate, heads], dim=-1)
-    x, B, C = conv_silu(xBC, p).split([64, dstate, dstate], dim=-1)
+    d_ssm = 16 * heads
+    z0, x0, z, xBC, dt = (hidden @ p["in_proj.weight"].T).split(
+        [64 - d_ssm, 64 - d_ssm, d_ssm, d_ssm + 2 * dstate, heads], dim=-1)
+    x, B, C = conv_silu(xBC, p).split([d_ssm, dstate, dstate], dim=-1)
     x = x.unflatten(-1, (heads, 16))
     dt = torch.nn.functional.softplus(dt + p["dt_bias"])
     h, ys = torch.zeros(x.shape[0], heads, 16, dstate, dtype=x.dtype), []
@@ -115,6 +117,7 @@ def mamba2_mixer(hidden, p):
         ys.append((h * C[:, t, None, None]).sum(-1) + p["D"][:, None] * x[:, t])
     y = torch.stack(ys, 1).flatten(2) * torch.nn.functional.silu(z)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * p["norm.weight"]
+    y = torch.cat([torch.nn.functional.silu(z0) * x0, y], -1)
     return y @ p["out_proj.weight"].T
 
 
@@ -122,6 +125,8 @@ def mamba2_mixer(hidden, p):
 @pytest.mark.parametrize(("config", "tensors", "mixer"), [
     pytest.param(MAMBA1_CONFIG, mamba1_tensors, mamba1_mixer, id="mamba1"),
     pytest.param(MAMBA2_CONFIG, mamba2_tensors, mamba2_mixer, id="mamba2"),
+    pytest.param({**MAMBA2_CONFIG, "ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_ssm": 32}},
+                 lambda: mamba2_tensors(heads=2, d_ssm=32), mamba2_mixer, id="mamba2 with an MLP beside the SSM"),
 ])
 def test_the_model_computes_what_its_names_mean(config, tensors, mixer, tmp_path):
     model = shedder.load(write(tmp_path, config, tensors()), dtype=torch.float64)
@@ -164,7 +169,8 @@ def test_half_precision_keeps_decay_in_fp32(tmp_path):
     ({"ssm_cfg": {"layer": "Mamba2", "surprise": 1}}, r"ssm_cfg.surprise is not known"),
     ({"ssm_cfg": {"layer": "Mamba2", "headdim": 24}}, r"64 channels in heads of 24"),
     ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "ngroups": 3}}, r"4 heads in 3 groups"),
-    ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_ssm": 32}}, r"ssm_cfg.d_ssm is 32"),
+    ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_ssm": 80}}, r"ssm_cfg.d_ssm is 80; accepted: up to"),
+    ({"ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_ssm": 24}}, r"24 channels in heads of 16"),
     ({"attn_layer_idx": [1]}, r"attn_layer_idx is \[1\]"),
     ({"d_intermediate": 128}, r"d_intermediate is 128"),
     ({"rms_norm": False}, r"rms_norm is False"),

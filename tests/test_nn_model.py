@@ -19,10 +19,12 @@ def segments(*channels):
 RAGGED = SSDLayout(headdim=8, dstate=12, ngroups=2, head_to_group=(1, 0, 1, 1, 0), norm_segments=segments(16, 24),
                    row_padding=3)
 SSD_LAYERS = (RAGGED, RemovedSSM(nheads=3, headdim=8, norm_segments=segments(24)), RemovedBlock(),
-              SSDLayout(headdim=5, dstate=7, ngroups=1, head_to_group=(0, 0, 0), conv_width=2))
+              SSDLayout(headdim=5, dstate=7, ngroups=1, head_to_group=(0, 0, 0), conv_width=2, mlp_channels=6),
+              RemovedSSM(nheads=2, headdim=4, mlp_channels=3, gain=False))
 SCAN_LAYERS = (ScanLayout(d_inner=20, dstate=8, dt_rank=3), RemovedSSM(nheads=13, headdim=1, conv_width=3),
                RemovedBlock(), ScanLayout(d_inner=13, dstate=5, dt_rank=2, conv_width=3,
-                                          channel_to_group=tuple(c % 2 for c in range(13))))
+                                          channel_to_group=tuple(c % 2 for c in range(13))),
+               RemovedSSM(nheads=7, headdim=1, gain=False))
 
 
 def config(family, **changes):
@@ -134,8 +136,10 @@ def test_parameters_and_state_have_the_sizes_of_the_layout():
 
 
 SHAPES = {
-    "mamba2": {"x": (5, 8), "B": (2, 12), "C": (2, 12), "dt": (5,), "y": (5, 8), "gated": (40,), "out": (24,)},
-    "mamba1": {"x": (20,), "B": (2, 8), "C": (2, 8), "dt": (20,), "y": (20,), "gated": (20,), "out": (24,)},
+    "mamba2": {"x": (5, 8), "B": (2, 12), "C": (2, 12), "dt": (5,), "y": (5, 8), "gated": (40,),
+               "inner": (40,), "out": (24,)},
+    "mamba1": {"x": (20,), "B": (2, 8), "C": (2, 8), "dt": (20,), "y": (20,), "gated": (20,), "inner": (20,),
+               "out": (24,)},
 }
 
 
@@ -159,7 +163,7 @@ def test_the_probe_sees_every_activation_in_its_shape(family, split):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["x", "B", "C", "dt", "y", "gated", "out"])
+@pytest.mark.parametrize("name", ["x", "B", "C", "dt", "y", "gated", "inner", "out"])
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
 def test_the_probe_can_edit_every_activation(family, name):
     """An edit changes the logits, and by the same amount in steps as in prefill."""
@@ -173,14 +177,14 @@ def test_the_probe_can_edit_every_activation(family, name):
 
 @torch.no_grad()
 def test_zero_y_leaves_nothing_of_a_mixer():
-    """The probe's y includes the D skip: with y = 0 and no biases a mixer's output is 0."""
+    """The probe's y includes the D skip: with y = 0, no MLP beside it and no biases a mixer's output is 0."""
     for family in ("mamba1", "mamba2"):
         model = build(config(family))
         outputs = []
         set_probe(model, lambda name, t, out=outputs: (out.append(t) or t) if name == "out" else
-                  torch.zeros_like(t) if name == "y" else t)
+                  torch.zeros_like(t) if name in ("y", "mlp") else t)
         model(tokens())
-        assert len(outputs) == 3
+        assert len(outputs) == 4
         assert all(not out.any() for out in outputs)
 
 
@@ -360,5 +364,5 @@ def test_states_can_be_copied_and_cleared():
     other = model.allocate_state(BATCH).copy_(state)
     assert all(torch.equal(a, b) for a, b in zip(other.tensors(), state.tensors(), strict=True))
     assert (model(ids, state.zero_()) - model(ids)).abs().max() < 1e-12
-    per_layer = [(24 + 16 + 48) * 3 + 40 * 12, 24 * 3, 0, (15 + 14) * 1 + 15 * 7]
+    per_layer = [(24 + 16 + 48) * 3 + 40 * 12, 24 * 3, 0, (15 + 14) * 1 + 15 * 7, 8 * 3]
     assert state.nbytes == 8 * BATCH * sum(per_layer)
