@@ -4,10 +4,12 @@
 #   h[t,n] = exp(delta[t] A[n]) h[t-1,n] + delta[t] B[t,n] u[t]
 #   y[t]   = (sum_n C[t,n] h[t,n] + D u[t]) silu(z[t])
 #
-# One program owns (batch, tile of channels) and walks along time with its channels x N state in
-# registers. STEPS tokens are unrolled and their outputs stored together, so that the loads of
-# later tokens do not wait behind the store of an earlier one. B and C are rows (row, n, t): the
-# row is the channel's group, or the channel itself where they do not change with time.
+# One program owns (batch, tile of channels) and walks along time in tiles of STEPS tokens with its
+# N x channels state in registers. What is computed has the shape (STEPS, N, channels), time first:
+# Triton then spreads channels and states over the lanes and keeps all steps of a tile in one
+# thread, where the scan along time is one product and one sum a step and no exchange. Tiles of
+# u, delta, z, B and C are loaded as they lie in memory. B and C are rows (row, n, t): the row is
+# the channel's group, or the channel itself where they do not change with time.
 """Triton forward of shedder.ops' selective_scan."""
 
 import torch
@@ -16,103 +18,183 @@ import triton.language as tl
 from torch import Tensor
 
 from .packed import sequence_runs
-from .pointwise import discrete_dt, silu
+from .pointwise import LOG2E, discrete_dt, silu
 
 
-@triton.jit(do_not_specialize=["length", "channels"])
+@triton.jit
+def _then(decay_before, state_before, decay, gain):
+    return decay_before * decay, decay * state_before + gain
+
+
+@triton.jit
+def _then_or_afresh(decay_before, state_before, decay, gain):
+    """A decay of 0 forgets a state that is infinite or NaN, too: it is another sequence's."""
+    return decay_before * decay, tl.where(decay == 0.0, gain, decay * state_before + gain)
+
+
+@triton.jit
+def _later(t_left, left, t_right, right):
+    later = t_right > t_left
+    return tl.where(later, t_right, t_left), tl.where(later, right, left)
+
+
+@triton.jit
+def _stride(strides, AXIS: tl.constexpr, UNIT_AXIS: tl.constexpr, ALIGN: tl.constexpr):
+    """Strides come in units of ALIGN elements, but for one of 1 on UNIT_AXIS: so loads can be wide."""
+    if AXIS == UNIT_AXIS:
+        stride = tl.full((), 1, tl.int64)
+    else:
+        stride = strides[AXIS].to(tl.int64) * ALIGN
+    return stride
+
+
+_STRIDES = ["u_strides", "delta_strides", "A_strides", "B_strides", "C_strides", "z_strides", "initial_strides",
+            "y_strides", "D_stride", "bias_stride", "group_stride"]
+
+
+@triton.jit(do_not_specialize=["length", "channels", "dstate", *_STRIDES])
 def _selective_scan_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, runs_ptr,
                            group_ptr, y_ptr, final_ptr, length, channels, dstate,
                            u_strides, delta_strides, A_strides, B_strides, C_strides, z_strides,
                            initial_strides, y_strides, D_stride, bias_stride, group_stride,
                            SOFTPLUS: tl.constexpr, B_ROWS: tl.constexpr, C_ROWS: tl.constexpr,
+                           UNIT_AXES: tl.constexpr, ALIGN: tl.constexpr,
                            BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr):
+    length *= ALIGN
     tiles = tl.cdiv(channels, BLOCK_C)
     pid = tl.program_id(0)
     batch = (pid // tiles).to(tl.int64)
     c = (pid % tiles * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
-    steps = tl.arange(0, STEPS)
+    step = tl.arange(0, STEPS)
+    t = step.to(tl.int64)
     in_c, in_n = c < channels, n < dstate
-    in_state = in_c[:, None] & in_n[None, :]
+    in_state = in_n[:, None] & in_c[None, :]
+    first = (step == 0)[:, None, None]
+    place = tl.broadcast_to(step[:, None, None], (STEPS, BLOCK_N, BLOCK_C))
 
-    u_ptr += batch * u_strides[0] + c * u_strides[1]
-    delta_ptr += batch * delta_strides[0] + c * delta_strides[1]
-    B_ptr += batch * B_strides[0]
-    C_ptr += batch * C_strides[0]
+    u_step = _stride(u_strides, 2, UNIT_AXES[0], ALIGN)
+    delta_step = _stride(delta_strides, 2, UNIT_AXES[1], ALIGN)
+    y_step = _stride(y_strides, 2, UNIT_AXES[2], ALIGN)
+    B_step = _stride(B_strides, 3, UNIT_AXES[3], ALIGN)
+    C_step = _stride(C_strides, 3, UNIT_AXES[4], ALIGN)
+    u_ptrs = (u_ptr + batch * u_strides[0] * ALIGN + t[:, None] * u_step
+              + c[None, :] * _stride(u_strides, 1, UNIT_AXES[0], ALIGN))
+    delta_ptrs = (delta_ptr + batch * delta_strides[0] * ALIGN + t[:, None] * delta_step
+                  + c[None, :] * _stride(delta_strides, 1, UNIT_AXES[1], ALIGN))
+    y_ptrs = (y_ptr + batch * y_strides[0] * ALIGN + t[:, None] * y_step
+              + c[None, :] * _stride(y_strides, 1, UNIT_AXES[2], ALIGN))
+    if z_ptr is not None:
+        z_step = _stride(z_strides, 2, UNIT_AXES[5], ALIGN)
+        z_ptrs = (z_ptr + batch * z_strides[0] * ALIGN + t[:, None] * z_step
+                  + c[None, :] * _stride(z_strides, 1, UNIT_AXES[5], ALIGN))
     if group_ptr is not None:
         group = tl.load(group_ptr + c * group_stride, mask=in_c, other=0).to(tl.int64)
     # ROWS is "shared", "group" or "channel": one row for all channels, or a row for each
+    B_ptr += batch * B_strides[0] * ALIGN
+    B_state = _stride(B_strides, 2, UNIT_AXES[3], ALIGN)
     if B_ROWS == "shared":
-        B_ptrs, B_mask = B_ptr + n * B_strides[2], in_n
+        B_ptrs = B_ptr + t[:, None] * B_step + n[None, :] * B_state
     else:
         B_row = c if B_ROWS == "channel" else group
-        B_ptrs, B_mask = B_ptr + B_row[:, None] * B_strides[1] + n[None, :] * B_strides[2], in_state
+        B_ptrs = (B_ptr + t[:, None, None] * B_step + n[None, :, None] * B_state
+                  + B_row[None, None, :] * _stride(B_strides, 1, UNIT_AXES[3], ALIGN))
+    C_ptr += batch * C_strides[0] * ALIGN
+    C_state = _stride(C_strides, 2, UNIT_AXES[4], ALIGN)
     if C_ROWS == "shared":
-        C_ptrs, C_mask = C_ptr + n * C_strides[2], in_n
+        C_ptrs = C_ptr + t[:, None] * C_step + n[None, :] * C_state
     else:
         C_row = c if C_ROWS == "channel" else group
-        C_ptrs, C_mask = C_ptr + C_row[:, None] * C_strides[1] + n[None, :] * C_strides[2], in_state
+        C_ptrs = (C_ptr + t[:, None, None] * C_step + n[None, :, None] * C_state
+                  + C_row[None, None, :] * _stride(C_strides, 1, UNIT_AXES[4], ALIGN))
+    if runs_ptr is not None:
+        runs_ptr += batch * length
 
-    A = tl.load(A_ptr + c[:, None] * A_strides[0] + n[None, :] * A_strides[1], mask=in_state, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + c[None, :] * A_strides[0] + n[:, None] * A_strides[1], mask=in_state, other=0.0).to(tl.float32)
+    A *= LOG2E
     bias = None
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c * bias_stride, mask=in_c, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + c * bias_stride, mask=in_c, other=0.0).to(tl.float32)[None, :]
     if D_ptr is not None:
-        D = tl.load(D_ptr + c * D_stride, mask=in_c, other=0.0).to(tl.float32)
-    state = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+        D = tl.load(D_ptr + c * D_stride, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    state = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if initial_ptr is not None:
-        state = tl.load(initial_ptr + batch * initial_strides[0] + c[:, None] * initial_strides[1]
-                        + n[None, :] * initial_strides[2], mask=in_state, other=0.0).to(tl.float32)
-    run_in = tl.zeros((), tl.int32)                       # the run that the state belongs to
+        state = tl.load(initial_ptr + batch * initial_strides[0] + c[None, :] * initial_strides[1]
+                        + n[:, None] * initial_strides[2], mask=in_state, other=0.0).to(tl.float32)
 
     for start in range(0, length, STEPS):
-        y_tile = tl.zeros((BLOCK_C, STEPS), tl.float32)
-        for i in tl.static_range(STEPS):
-            live = start + i < length
-            t = tl.minimum(start + i, length - 1).to(tl.int64)
-            u = tl.load(u_ptr + t * u_strides[2], mask=in_c, other=0.0).to(tl.float32)
-            delta = tl.load(delta_ptr + t * delta_strides[2], mask=in_c, other=0.0)
-            B = tl.load(B_ptrs + t * B_strides[3], mask=B_mask, other=0.0).to(tl.float32)
-            C = tl.load(C_ptrs + t * C_strides[3], mask=C_mask, other=0.0).to(tl.float32)
-            delta = discrete_dt(delta, bias, SOFTPLUS)
-            if runs_ptr is not None:
-                run = tl.load(runs_ptr + batch * length + t)
-                live = live & (run >= 0)
-                run = tl.where(run >= 0, run, ~run)
-                state = tl.where(run == run_in, state, 0.0)
-                run_in = run
-            delta = tl.where(live, delta, 0.0)            # a token that is not there leaves the state alone
+        exists = start + step < length
+        live = exists
+        if runs_ptr is not None:
+            run = tl.load(runs_ptr + start + step, mask=exists, other=-1)
+            before = tl.load(runs_ptr + start + step - 1, mask=exists & (start + step > 0), other=0)
+            live = run >= 0
+            fresh = tl.where(run >= 0, run, ~run) != tl.where(before >= 0, before, ~before)
+            fresh = (fresh & exists)[:, None, None]
+        tile = live[:, None] & in_c[None, :]
+        u = tl.load(u_ptrs, mask=tile, other=0.0).to(tl.float32)
+        delta = discrete_dt(tl.load(delta_ptrs, mask=tile, other=0.0), bias, SOFTPLUS)
+        delta = tl.where(tile, delta, 0.0)                # a token that is not there leaves the state alone
+        drive = delta * u
+        if B_ROWS == "shared" and C_ROWS == "shared":
+            rows = live[:, None] & in_n[None, :]
+            B = tl.load(B_ptrs, mask=rows, other=0.0).to(tl.float32)
+            C = tl.load(C_ptrs, mask=rows, other=0.0).to(tl.float32)
+            # join and split: what follows takes the fp32 values of other threads, and computes none of them again
+            B, C = tl.split(tl.join(B, C))
+            delta, drive = tl.split(tl.join(delta, drive))
+            B, C = B[:, :, None], C[:, :, None]
+        else:
+            rows = live[:, None, None] & in_n[None, :, None]
+            every = rows & in_c[None, None, :]
             if B_ROWS == "shared":
-                B = B[None, :]
+                B = tl.load(B_ptrs[:, :, None], mask=rows, other=0.0).to(tl.float32)
+            else:
+                B = tl.load(B_ptrs, mask=every, other=0.0).to(tl.float32)
             if C_ROWS == "shared":
-                C = C[None, :]
-            state = tl.exp(delta[:, None] * A) * state + (delta * u)[:, None] * B
-            y = tl.sum(state * C, 1)
-            if D_ptr is not None:
-                y += D * u
-            y = tl.where(live, y, 0.0)
-            y_tile = tl.where(steps[None, :] == i, y[:, None], y_tile)
+                C = tl.load(C_ptrs[:, :, None], mask=rows, other=0.0).to(tl.float32)
+            else:
+                C = tl.load(C_ptrs, mask=every, other=0.0).to(tl.float32)
 
-        t = (start + steps).to(tl.int64)
-        tile = in_c[:, None] & (t < length)[None, :]
+        decay = tl.exp2(delta[:, None, :] * A[None, :, :])
+        gain = drive[:, None, :] * B
+        if runs_ptr is not None:
+            decay = tl.where(fresh, 0.0, decay)
+            gain = tl.where(first & (decay != 0.0), decay * state[None, :, :] + gain, gain)
+            _, states = tl.associative_scan((decay, gain), 0, _then_or_afresh)
+        else:
+            gain = tl.where(first, decay * state[None, :, :] + gain, gain)
+            _, states = tl.associative_scan((decay, gain), 0, _then)
+        y = tl.sum(states * C, 1)
+        _, state = tl.reduce((place, states), 0, _later)
+
+        if D_ptr is not None:
+            y += D * u
         if z_ptr is not None:
-            z = tl.load(z_ptr + batch * z_strides[0] + c[:, None] * z_strides[1] + t[None, :] * z_strides[2],
-                        mask=tile, other=0.0).to(tl.float32)
-            y_tile *= silu(z)
-        if runs_ptr is not None:                          # a NaN gate must not show at padding
-            run = tl.load(runs_ptr + batch * length + t, mask=t < length, other=-1)
-            y_tile = tl.where(run[None, :] >= 0, y_tile, 0.0)
-        tl.store(y_ptr + batch * y_strides[0] + c[:, None] * y_strides[1] + t[None, :] * y_strides[2],
-                 y_tile.to(y_ptr.dtype.element_ty), mask=tile)
+            y *= silu(tl.load(z_ptrs, mask=tile, other=0.0).to(tl.float32))
+            z_ptrs += STEPS * z_step
+        if runs_ptr is not None:
+            y = tl.where(live[:, None], y, 0.0)
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=exists[:, None] & in_c[None, :])
+        u_ptrs += STEPS * u_step
+        delta_ptrs += STEPS * delta_step
+        y_ptrs += STEPS * y_step
+        B_ptrs += STEPS * B_step
+        C_ptrs += STEPS * C_step
 
-    final_ptr += batch * channels * dstate
-    tl.store(final_ptr + c[:, None] * dstate + n[None, :], state, mask=in_state)
+    tl.store(final_ptr + (batch * channels + c[None, :]) * dstate + n[:, None], state, mask=in_state)
 
 
 def _blocks(dstate: int, shared: bool) -> dict[str, int]:
-    """One warp with at most 512 state numbers, 16 in each thread; rows for each channel take more registers."""
+    """Eight states to a thread; a warp for 256 states, so that a warp has 16 channels where N is 16.
+
+    With rows for each channel every state takes two pointers for each step: a quarter of it.
+    """
     block_n = max(4, triton.next_power_of_2(dstate))
-    return {"BLOCK_C": max(2, min(32, 512 // block_n)), "BLOCK_N": block_n, "STEPS": 8 if shared else 4, "num_warps": 1}
+    states, steps = (256, 4) if shared else (128, 2)
+    block_c = max(4, min(64, states // block_n))
+    return {"BLOCK_C": block_c, "BLOCK_N": block_n, "STEPS": steps,
+            "num_warps": max(1, block_c * block_n // states)}
 
 
 def _rows(M: Tensor) -> tuple[str, tuple[int, ...]]:
@@ -120,6 +202,11 @@ def _rows(M: Tensor) -> tuple[str, tuple[int, ...]]:
     if M.dim() == 2:                                      # (D, N), the same at every token
         return "channel", (0, M.stride(0), M.stride(1), 0)
     return ("shared" if M.shape[1] == 1 else "group"), M.stride()
+
+
+def _unit_axis(strides: tuple[int, ...]) -> int:
+    """The axis other than the batch whose elements are adjacent, the last of them; 0 if there is none."""
+    return next((axis for axis in range(len(strides) - 1, 0, -1) if strides[axis] == 1), 0)
 
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
@@ -134,13 +221,19 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     (B_rows, B_strides), (C_rows, C_strides) = _rows(B), _rows(C)
     if "group" not in (B_rows, C_rows):
         channel_to_group = None
-    blocks = _blocks(dstate, shared=B_rows == C_rows == "shared")
+    strides = [u.stride(), delta.stride(), y.stride(), B_strides, C_strides, (0, 0, 0) if z is None else z.stride()]
+    unit_axes = tuple(map(_unit_axis, strides))
+    wide = [s for one, unit in zip(strides, unit_axes, strict=True) for axis, s in enumerate(one) if axis != unit]
+    align = 8 if all(size % 8 == 0 for size in (length, *wide)) else 1
+    u_strides, delta_strides, y_strides, B_strides, C_strides, z_strides = (
+        tuple(s // align for s in one) for one in strides)
+    blocks = _blocks(dstate, B_rows == C_rows == "shared")
     _selective_scan_kernel[(batch * triton.cdiv(channels, blocks["BLOCK_C"]),)](
         u, delta, A, B, C, D, z, delta_bias, initial_state, runs, channel_to_group, y, final_state,
-        length, channels, dstate,
-        u.stride(), delta.stride(), A.stride(), B_strides, C_strides, None if z is None else z.stride(),
-        None if initial_state is None else initial_state.stride(), y.stride(),
+        length // align, channels, dstate,
+        u_strides, delta_strides, A.stride(), B_strides, C_strides, z_strides,
+        None if initial_state is None else initial_state.stride(), y_strides,
         None if D is None else D.stride(0), None if delta_bias is None else delta_bias.stride(0),
         None if channel_to_group is None else channel_to_group.stride(0),
-        SOFTPLUS=delta_softplus, B_ROWS=B_rows, C_ROWS=C_rows, **blocks)
+        SOFTPLUS=delta_softplus, B_ROWS=B_rows, C_ROWS=C_rows, UNIT_AXES=unit_axes, ALIGN=align, **blocks)
     return y, final_state
