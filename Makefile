@@ -1,12 +1,14 @@
-# make demo   prune the shipped model and show the table      make test   the test suite (no GPU needed)
+# make demo   prune a shipped model and show the table        make test   the test suite (no GPU needed)
 # make lint   ruff and mypy                                   make build  compile csrc into shedder/_lib
 # make bench  the benchmarks                                  make clean  remove .venv and everything built
 #
 # Each makes .venv, installs what requirements-dev.txt pins, and compiles what changed. SHEDDER_CUDA_ARCHS (90a; all;
-# none) says for which GPUs; unset: those visible here. PYTHON names the interpreter of .venv.
+# none) says for which GPUs; unset: those visible here. PYTHON names the interpreter of .venv. FAMILY=mamba1
+# gives the demo the other shipped model.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+FAMILY ?= mamba2
 TRITON := triton==3.6.0
 
 VENV := .venv
@@ -24,7 +26,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type d -o -
 build: $(BUILT)
 
 demo: $(BUILT)
-	$(RUN) demo/demo.py
+	$(RUN) demo/demo.py --family $(FAMILY)
 
 test: $(BUILT)
 	$(RUN) -m pytest -m "not gpu" $(PYTEST_ARGS)

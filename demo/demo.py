@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,8 @@ from shedder import latency
 from shedder.evaluate import perplexity
 from shedder.nn import LanguageModel
 from shedder.prune import masked, parameter_count, prefix, state_bytes
+from shedder.prune.calibration import calibration_of
+from shedder.prune.statistics import DenseStatistics, dense_statistics
 
 matplotlib.use("Agg")                                   # a file, no window
 import matplotlib.pyplot as plt
@@ -30,26 +33,28 @@ def main() -> None:
     started = time.perf_counter()
     device = torch.device(arguments.device)
     calibration = (HERE / "text" / "calibration.txt").read_text(encoding="utf-8")
-    dense = shedder.load(arguments.model, device=device, dtype=torch.float32)
+    folder = arguments.model or HERE / "models" / arguments.family
+    dense = shedder.load(folder, device=device, dtype=torch.float32)
     heldout = torch.tensor(dense.tokenizer.encode((HERE / "text" / "heldout.txt").read_text(encoding="utf-8")))
-    print(f"1. loaded {arguments.model}: {parameter_count(dense.config):,} parameters, "
+    print(f"1. loaded {folder}, {dense.config.family}: {parameter_count(dense.config):,} parameters, "
           f"{len(dense.layers)} layers, on {_name(device)}")
 
     print(f"2. searching what to remove until {arguments.params:.0%} of the parameters are left")
     plan = shedder.search(dense, calibration, budget={"params": arguments.params},
-                          axes=["block", "ssm", "head", "state"], bundle=0.15, rescore=3, sequences=4, length=256)
-    small = shedder.compact(dense, plan)
+                          bundle=0.15, rescore=3, sequences=4, length=256)
+    statistics = dense_statistics(dense, calibration_of(dense, calibration, plan.provenance))
+    small = shedder.compact(dense, plan, statistics)
     arguments.out.mkdir(parents=True, exist_ok=True)
     plan.to_json(arguments.out / "plan.json")
     print(plan.explain(dense.config))
 
-    error = compacted_against_masked(arguments.model, plan, heldout[:200])
+    error = compacted_against_masked(folder, plan, heldout[:200])
     print(f"3. compacted equals the dense model with masks: largest difference of logits {error:.1e} in float64")
     if error > 1e-10:
         raise SystemExit("the compacted model is not the masked one; this is a defect of shedder, please report it")
 
     print("4. measuring on this machine")
-    points = trajectory(dense, plan, heldout)
+    points = trajectory(dense, plan, statistics, heldout)
     models = {"dense": dense, "compacted": small}
     times = latency.compare(models, prompt=512, tokens=64, rounds=9)
     quality = {name: perplexity(model, heldout, length=512) for name, model in models.items()}
@@ -73,7 +78,8 @@ def main() -> None:
 
 
 def compacted_against_masked(folder: Path, plan: shedder.Plan, tokens: torch.Tensor) -> float:
-    """Largest difference of logits between the compacted model and the dense one with masked activations."""
+    """Largest difference of logits between the model compacted with exact norms and the dense one with masks."""
+    plan = replace(plan, norm_repair="exact", repairs=())
     dense = shedder.load(folder, dtype=torch.float64)
     small = shedder.compact(dense, plan)
     with torch.no_grad(), masked(dense, plan):
@@ -82,13 +88,14 @@ def compacted_against_masked(folder: Path, plan: shedder.Plan, tokens: torch.Ten
         return (small(tokens[None]) - expected).abs().max().item()
 
 
-def trajectory(dense: LanguageModel, plan: shedder.Plan, heldout: torch.Tensor) -> list[dict[str, float]]:
+def trajectory(dense: LanguageModel, plan: shedder.Plan, statistics: DenseStatistics, heldout: torch.Tensor
+               ) -> list[dict[str, float]]:
     """Latency and held-out perplexity at about a dozen points of the search, the first and the last among them."""
     points = []
     last = len(plan.provenance["trajectory"]) - 1
     steps = sorted({round(last * share / POINTS) for share in range(POINTS + 1)})
     for step in tqdm(steps, desc="points of the search"):
-        model = shedder.compact(dense, prefix(plan, step))
+        model = shedder.compact(dense, prefix(plan, step), statistics)
         one = latency.measure(model, prompt=512, tokens=24, repeats=5)
         points.append({"step": step, "params": parameter_count(model.config), "prefill_ms": one.prefill_ms,
                        "decode_ms": one.decode_ms, "perplexity": perplexity(model, heldout[:8193], length=512)})
@@ -130,7 +137,9 @@ def _name(device: torch.device) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--model", type=Path, default=HERE / "model", help="checkpoint folder (default demo/model)")
+    parser.add_argument("--family", choices=("mamba1", "mamba2"), default="mamba2",
+                        help="which of the shipped models (default mamba2)")
+    parser.add_argument("--model", type=Path, help="another checkpoint folder")
     parser.add_argument("--params", type=float, default=0.65,
                         help="share of the parameters to keep (default 0.65)")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="folder for what it makes (default demo/out)")

@@ -69,14 +69,15 @@ def _prune(arguments: argparse.Namespace) -> None:
     if Path(arguments.out).resolve() == Path(arguments.model).resolve():
         raise ValueError(f"--out is the folder of the model itself, {arguments.out}; give another folder")
     model = _load(arguments)
+    text = None if arguments.text is None else _read_text(arguments.text)
     if arguments.plan is not None:
         plan = Plan.from_json(arguments.plan)
     else:
-        if arguments.text is None:
+        if text is None:
             raise ValueError("--text is missing; a search needs calibration text (or give a finished --plan)")
-        plan = search(model, _read_text(arguments.text), budget=_budget(arguments.budget),
+        plan = search(model, text, budget=_budget(arguments.budget),
                       axes=arguments.axes or list(AXES[model.config.family]), log=arguments.log)
-    small = shedder.compact(model, plan)
+    small = shedder.compact(model, plan, text)
     small.save_pretrained(arguments.out)
     if arguments.json:
         _print_json({"out": str(arguments.out), "plan": json.loads(plan.to_json()),
@@ -187,10 +188,10 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("inspect", _inspect, "Show the layout and the size of every layer.",
-            "shedder inspect demo/model", runs_model=False)
+            "shedder inspect demo/models/mamba2", runs_model=False)
 
     prune = command("prune", _prune, "Search a plan (or take a finished one), compact the model and save it.",
-                    "shedder prune demo/model --text demo/text/calibration.txt --budget params=0.7 --out small")
+                    "shedder prune demo/models/mamba2 --text demo/text/calibration.txt --budget params=0.7 --out small")
     prune.add_argument("--out", type=Path, required=True, help="folder for the compacted checkpoint")
     prune.add_argument("--plan", type=Path, help="apply this plan (JSON) instead of searching one")
     prune.add_argument("--text", type=Path, help="calibration text (UTF-8)")
@@ -200,19 +201,20 @@ def _parser() -> argparse.ArgumentParser:
                        help="what may be removed: block ssm head state (Mamba-2), block ssm channel state (Mamba-1)")
     prune.add_argument("--log", type=Path, help="JSONL log of the search; a killed search continues from it")
 
-    evaluate = command("eval", _eval, "Perplexity on a text.", "shedder eval demo/model --text demo/text/heldout.txt")
+    evaluate = command("eval", _eval, "Perplexity on a text.",
+                       "shedder eval demo/models/mamba2 --text demo/text/heldout.txt")
     evaluate.add_argument("--text", type=Path, required=True, help="text (UTF-8)")
     evaluate.add_argument("--length", type=int, default=1024, help="tokens in a window (default 1024)")
 
     generate = command("generate", _generate, "Continue a prompt.",
-                       "shedder generate demo/model --prompt 'The kernel' --tokens 200")
+                       "shedder generate demo/models/mamba2 --prompt 'The kernel' --tokens 200")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--tokens", type=int, default=100, help="new tokens (default 100)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     generate.add_argument("--seed", type=int, default=0)
 
     bench = command("bench", _bench, "Measure prefill and decode on this machine.",
-                    "shedder bench demo/model --compare small --prompt 512")
+                    "shedder bench demo/models/mamba2 --compare small --prompt 512")
     bench.add_argument("--compare", type=Path, nargs="+", default=[], help="more checkpoints, measured in the same run")
     bench.add_argument("--batch", type=int, default=1)
     bench.add_argument("--prompt", type=int, default=512, help="prompt tokens (default 512)")
