@@ -17,8 +17,10 @@ from shedder.evaluate import negative_log_likelihood
 from shedder.layout import NormSegment, RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
 from shedder.nn import LanguageModel, ModelConfig
 from shedder.nn.block import Block
-from shedder.prune import LayerPlan, Plan, compact, parameter_count, prefix, score, search, solve, state_bytes
-from shedder.prune.size import flops
+from shedder.prune import LayerPlan, Plan, PlanError, compact, parameter_count, prefix, score, search, solve
+from shedder.prune.calibration import Calibration, calibration_of
+from shedder.prune.size import flops, state_bytes
+from shedder.prune.units import AXES
 
 SSD = SSDLayout(headdim=4, dstate=8, ngroups=2, head_to_group=(0, 0, 0, 0, 1, 1, 1, 1),
                 norm_segments=(NormSegment(16, 1e-5), NormSegment(16, 1e-5)))
@@ -44,6 +46,11 @@ def model_of(name: str) -> LanguageModel:
 
 
 TOKENS = torch.randint(0, 32, (100,), generator=torch.Generator().manual_seed(1))
+
+
+def loss_on(model: LanguageModel, rows: torch.Tensor) -> float:
+    with torch.no_grad():
+        return negative_log_likelihood(model(rows[:, :-1]), rows[:, 1:]).item()
 
 
 def sizes(plan: Plan, name: str) -> tuple[float, float]:
@@ -89,8 +96,9 @@ def test_two_runs_give_one_plan(rescore):
 
 
 def test_rescoring_a_few_scores_fewer():
-    every = search(model_of("mamba2"), TOKENS, {"params": 0.7}, **SMALL)
-    few = search(model_of("mamba2"), TOKENS, {"params": 0.7}, rescore=2, **SMALL)
+    options = {"norm_repair": "exact", **SMALL}
+    every = search(model_of("mamba2"), TOKENS, {"params": 0.7}, **options)
+    few = search(model_of("mamba2"), TOKENS, {"params": 0.7}, rescore=2, **options)
     assert sizes(few, "mamba2")[0] <= 0.7
     assert few.provenance["layer_evaluations"] < 0.7 * every.provenance["layer_evaluations"]
     assert all(record["scored"] <= 2 + 4 for record in few.provenance["trajectory"][2:])
@@ -123,7 +131,7 @@ def test_with_64_layers_the_prefix_cache_runs_1_8_times_fewer_blocks_and_finds_t
 
     def run(prefix_cache: bool) -> None:
         plans[prefix_cache] = search(model, TOKENS, {"params": 0.98}, ["block"], sequences=1, length=4,
-                                     prefix_cache=prefix_cache, progress=False)
+                                     norm_repair="exact", prefix_cache=prefix_cache, progress=False)
     runs[True] = blocks_run(lambda: run(True))
     runs[False] = blocks_run(lambda: run(False))
     assert plans[True].layers == plans[False].layers
@@ -147,7 +155,7 @@ def kill_after(step: int):
 @pytest.mark.parametrize(("name", "rescore"), [("mamba2", None), ("mamba2", 2), ("mamba1", None)])
 def test_a_killed_search_goes_on_where_it_was(name, rescore, tmp_path):
     log = tmp_path / "search.jsonl"
-    options = {"budget": {"params": 0.75}, "rescore": rescore, **SMALL}
+    options = {"budget": {"params": 0.6}, "rescore": rescore, **SMALL}
     whole = search(model_of(name), TOKENS, **options)
     with pytest.raises(Killed):
         search(model_of(name), TOKENS, log=log, **{**options, "progress": kill_after(2)})
@@ -257,7 +265,7 @@ def test_every_measure_of_the_budget_is_met(name, budget, method):
 
 
 def test_without_bundles_every_unit_is_a_candidate():
-    options = {**SMALL, "bundle": None}
+    options = {**SMALL, "bundle": None, "norm_repair": "exact"}
     plan = search(model_of("one layer"), TOKENS, {"params": 0.9}, ["head"], **options)
     first = plan.provenance["trajectory"][1]
     assert first["candidates"] == 8
@@ -285,6 +293,50 @@ def test_group_aware_cuts_keep_groups_equal():
         assert layout.head_to_group.count(0) == layout.head_to_group.count(1)
 
 
+GROUPS = SSDLayout(headdim=4, dstate=8, ngroups=4, head_to_group=(0, 0, 1, 1, 2, 2, 3, 3), mlp_channels=8,
+                   norm_segments=(NormSegment(8, 1e-5),) * 4)
+CONFIGS["groups"] = ModelConfig("mamba2", d_model=16, vocab_size=32, layers=(GROUPS,) * 2)
+SCAN_GROUPS = ScanLayout(d_inner=32, dstate=8, dt_rank=4, channel_to_group=(0,) * 16 + (1,) * 16)
+CONFIGS["scan groups"] = ModelConfig("mamba1", d_model=16, vocab_size=32, layers=(SCAN_GROUPS,) * 2)
+
+
+@pytest.mark.parametrize(("name", "axis"), [
+    ("groups", "group"), ("groups", "head_channel"), ("groups", "mlp"), ("groups", "tap"), ("scan groups", "group"),
+    ("scan groups", "rank"), ("scan groups", "tap"), ("groups", "head"), ("scan groups", "channel")])
+@pytest.mark.parametrize("bundle", [0.25, 1, None])
+def test_every_axis_goes_down_to_what_must_stay(name, axis, bundle):
+    """A search for more than there is says so; what it had removed by then is a legal plan that compacts."""
+    model, records = model_of(name), []
+    least = 1.05 * 33 * 16 / parameter_count(model.config)                     # little more than embedding and norm
+    with pytest.raises(ValueError, match="nothing is left to remove"):
+        search(model, TOKENS, {"params": least}, [axis], rescore=2,
+               **{**SMALL, "bundle": bundle, "progress": records.append})
+    cuts: dict[int, LayerPlan] = {}
+    for record in records:
+        cuts[record["layer"]] = cuts.get(record["layer"], LayerPlan()).merged(LayerPlan.from_json(record["removed"]))
+    plan = Plan(model.config.family, cuts, "exact")
+    small = compact(model, plan)
+    assert parameter_count(small.config) == records[-1]["params"]
+    left = {"group": "ngroups", "head_channel": "headdim", "mlp": "mlp_channels", "tap": "conv_width",
+            "rank": "dt_rank", "head": "nheads", "channel": "d_inner"}[axis]
+    assert [getattr(layout, left) for layout in small.config.layers] == [0 if axis == "mlp" else 1] * 2
+    assert loss_on(small, TOKENS[None, :20]) < 20
+
+
+@pytest.mark.parametrize("name", ["groups", "scan groups"])
+def test_all_axes_together_meet_a_budget(name):
+    axes = [axis for axis in AXES[CONFIGS[name].family] if axis not in ("block", "ssm")]
+    plan = search(model_of(name), TOKENS, {"params": 0.6, "state": 0.5}, axes, **SMALL)
+    assert sizes(plan, name)[0] <= 0.6 and sizes(plan, name)[1] <= 0.5
+    assert len({record["axis"] for record in plan.provenance["trajectory"][1:]}) > 2
+
+
+def test_group_aware_head_channels_are_the_same_in_every_head():
+    plan = search(model_of("mamba2"), TOKENS, {"params": 0.8}, ["head_channel"], group_aware=True, **SMALL)
+    assert plan.layers
+    assert all(len(set(cut.head_channels)) == 1 for cut in plan.layers.values())
+
+
 # ---- one shot
 
 
@@ -297,7 +349,8 @@ def test_one_shot_takes_the_lowest_scores_and_says_what_the_loss_became():
     left = [value for layer in range(3) for head, value in enumerate(scores.of(layer, "head"))
             if layer not in plan.layers or head not in plan.layers[layer].heads]
     assert max(taken) <= min(left)
-    nothing = search(compact(model, plan), TOKENS, {"params": 1.0}, ["block"], **SMALL)
+    small = compact(model, plan, calibration_of(model, TOKENS, plan.provenance))
+    nothing = search(small, TOKENS, {"params": 1.0}, ["block"], **SMALL)
     assert math.isclose(plan.provenance["loss"], nothing.provenance["trajectory"][0]["loss"], rel_tol=1e-6)
 
 
@@ -341,28 +394,30 @@ def test_what_a_search_will_cost_is_said_before_it_starts(capfd):
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba1"])
-def test_the_trajectory_tells_what_the_sliced_models_are(name):
+@pytest.mark.parametrize("repair", [{"norm_repair": "exact"}, {"norm_repair": "none"}, {},
+                                    {"repairs": ["gain", "dt_bias", "out_proj"]}])
+def test_the_trajectory_tells_what_the_sliced_and_repaired_models_are(name, repair):
     model = model_of(name)
     seen = []
-    plan = search(model, TOKENS, {"params": 0.75}, **{**SMALL, "progress": seen.append})
+    plan = search(model, TOKENS, {"params": 0.75}, **{**SMALL, "progress": seen.append}, **repair)
+    assert plan.norm_repair == repair.get("norm_repair", "stats")
     trajectory = plan.provenance["trajectory"]
     assert [record["step"] for record in seen] == list(range(1, len(trajectory)))
     assert prefix(plan, len(trajectory) - 1).layers == plan.layers
     rows = TOKENS[:97].unfold(0, 13, 12)               # as search cuts the text, before it draws
+    picked = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:3].sort().values]
     for step in (0, 1, len(trajectory) - 1):
-        small = compact(model, prefix(plan, step))
+        small = compact(model, prefix(plan, step), Calibration(picked, batch=2))
         assert sum(p.numel() for p in small.parameters()) == trajectory[step]["params"]
         assert small.allocate_state(1).nbytes == trajectory[step]["state"]
-        picked = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:3].sort().values]
-        with torch.no_grad():
-            loss = negative_log_likelihood(small(picked[:, :-1]), picked[:, 1:]).item()
+        loss = loss_on(small, picked)
         assert math.isclose(loss, trajectory[step]["loss"], rel_tol=1e-5)      # fp32, other batches
         assert math.isclose(math.exp(loss), trajectory[step]["perplexity"], rel_tol=1e-4)
 
 
 def test_plain_shedder_takes_the_lowest_perplexity():
     model = model_of("mamba2")
-    plan = search(model, TOKENS, {"params": 0.95}, ["block", "ssm"], rule="perplexity", **SMALL)
+    plan = search(model, TOKENS, {"params": 0.95}, ["block", "ssm"], rule="perplexity", norm_repair="exact", **SMALL)
     first = plan.provenance["trajectory"][1]
     losses = []
     for layer in range(3):
@@ -428,6 +483,11 @@ def test_text_goes_through_the_models_tokenizer():
     same = search(model, torch.tensor(list(text.encode())), {"params": 0.99}, ["state"], **SMALL)
     assert plan == same
     assert model.training
+    small = compact(model, plan, text)                 # the windows that the search drew
+    assert math.isclose(loss_on(small, calibration_of(model, text, plan.provenance).rows),
+                        plan.provenance["trajectory"][-1]["loss"], rel_tol=1e-5)
+    with pytest.raises(PlanError, match="needs calibration text"):
+        compact(model, plan)
 
 
 def test_provenance_is_json():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,15 @@ def calibration_rows(model: LanguageModel, text: str | Tensor | Sequence[int], s
         order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
         rows = rows[order[:sequences].sort().values.to(rows.device)]
     return rows.to(next(model.parameters()).device)
+
+
+def calibration_of(model: LanguageModel, text: str | Tensor | Sequence[int], provenance: Mapping[str, Any]
+                   ) -> Calibration:
+    """The tokens that the search of a plan's provenance drew from this text; of another plan, as search() does."""
+    settings = provenance.get("settings", {})
+    sequences, columns = settings.get("rows", (16, 513))
+    seed, batch = settings.get("seed", 0), settings.get("batch", 8)
+    return Calibration(calibration_rows(model, text, sequences, columns - 1, seed), batch, seed)
 
 
 def digest(tensors: Sequence[Tensor]) -> str:

@@ -99,20 +99,30 @@ class Candidates:
                     yield Candidate((layer, axis.name, unit), units, increment, merged, gain)
 
     def _choices(self, axis: Axis, layer: int, rows: Rows, gone: set[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
-        if axis.takes_all:
+        if axis.whole:
             yield -1, rows[0]
             return
         bundle = self.bundles[axis.name]
-        left = [[unit for unit in row if unit not in gone] for row in rows]
-        if bundle is None:
+        left = [here for row in rows if (here := [unit for unit in row if unit not in gone])]
+        most = len(left[0]) - axis.keeps if left else 0
+        if bundle is None and not axis.ordered:
             for number, units in enumerate(zip(*rows, strict=True)):
-                if not gone & set(units) and len(left[0]) > 1:
+                if not gone & set(units) and most > 0:
                     yield number, units
             return
+        share = 1 if bundle is None else bundle
+        count = min(share if isinstance(share, int) else max(1, round(share * len(rows[0]))), most)
+        if count > 0:
+            yield -1, tuple(sorted(unit for row in self._by_worth(axis, layer, left) for unit in row[:count]))
+
+    def _by_worth(self, axis: Axis, layer: int, rows: list[list[int]]) -> list[list[int]]:
+        """Each row, units of the lowest score first; of rows that are alike, places of the lowest sums first."""
+        if axis.ordered:
+            return rows
         assert self.scores is not None
         values = self.scores.of(layer, axis.name)
-        full = len(rows[0])
-        count = min(bundle if isinstance(bundle, int) else max(1, round(bundle * full)), len(left[0]) - 1)
-        if count > 0:
-            yield -1, tuple(sorted(unit for row in left
-                                   for unit in sorted(row, key=lambda unit: (values[unit], unit))[:count]))
+        if axis.alike:
+            sums = [sum(values[unit] for unit in column) for column in zip(*rows, strict=True)]
+            places = sorted(range(len(sums)), key=lambda place: (sums[place], place))
+            return [[row[place] for place in places] for row in rows]
+        return [sorted(row, key=lambda unit: (values[unit], unit)) for row in rows]

@@ -26,7 +26,7 @@ from shedder.prune.layer_plan import LayerPlan, PlanError
 from shedder.prune.plan import Plan
 from shedder.prune.statistics import DenseStatistics, LayerStatistics
 
-RIDGE = 1e-3                        # share of the mean square that pulls a refit towards the old weights
+RIDGE = 1e-4                        # share of the mean square that pulls a refit towards the old weights
 
 
 def put_in(tensors: Mapping[str, Tensor], config: ModelConfig, index: int, plan: Plan,

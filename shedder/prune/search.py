@@ -26,7 +26,7 @@ from shedder.prune.plan import NORM_REPAIRS, LayerPlan, Plan
 from shedder.prune.scores import METHODS, Scores, Sweep, combined, score_rows
 from shedder.prune.solve import WHOLE, take_evenly, take_lowest
 from shedder.prune.trials import Trials, evaluating
-from shedder.prune.units import AXES, Axis, axes_named
+from shedder.prune.units import DEFAULT_AXES, Axis, axes_named
 from shedder.text import Tokenizer
 
 SEARCHES = ("greedy", "one-shot")
@@ -40,9 +40,9 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
            axes: Sequence[str] | None = None, *, method: str = "greedy", rule: str = "rise_per_size",
            score: Score | None = None, bundle: Bundle | Mapping[str, Bundle] = 0.125, rescore: int | None = None,
            group_aware: bool = False, evenly: bool | None = None, sequences: int = 16, length: int = 512,
-           batch: int = 8, seed: int = 0, norm_repair: str = "exact", tokenizer: Tokenizer | None = None,
-           prefix_cache: bool = True, log: str | Path | None = None, solve_only: bool = False,
-           progress: Progress = True) -> Plan:
+           batch: int = 8, seed: int = 0, norm_repair: str = "stats", repairs: Sequence[str] = (),
+           tokenizer: Tokenizer | None = None, prefix_cache: bool = True, log: str | Path | None = None,
+           solve_only: bool = False, progress: Progress = True) -> Plan:
     """A plan that meets the budget.
 
     "greedy" removes one thing at a time. Each step scores every candidate (a block, an SSM, or the bundle of the
@@ -59,7 +59,8 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
         text: calibration text, or tokens (T,), or rows of tokens (S, L+1).
         budget: {"params": 0.7} stops when 70 % of the parameters are left, {"state": 0.5} at half of the bytes of
             decode state, {"flops": 0.8} at 80 % of the flops of a prefill; with several, when all hold.
-        axes: of "block", "ssm", "head" (Mamba-2), "channel" (Mamba-1), "state"; the default is all of the family.
+        axes: of "block", "ssm", "head" (Mamba-2), "channel" (Mamba-1), "state", which are the default, and "group",
+            "head_channel" and "mlp" (Mamba-2), "rank" (of dt, Mamba-1), "tap" (of the convolution, the oldest first).
         method: "greedy" or "one-shot".
         rule: of greedy. "rise_per_size" removes what raises log-perplexity least per share of the budget's measure
             that it removes (shares of the measures not yet met are added), which makes axes comparable; what lowers
@@ -70,12 +71,14 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
             is an integer; {"head": 1, "state": 0.25} by axis. None (greedy only): each unit is a candidate.
         rescore: of greedy. None scores every candidate in every step. A number scores only so many of those that
             looked best when last scored, and those of the layer just cut: far faster, close to the same plan.
-        group_aware: every B/C group loses as many heads, as kernels without a head_to_group need it.
+        group_aware: every B/C group loses as many heads, and every head the same channels, as kernels without a
+            head_to_group need it.
         evenly: of one-shot. True takes as much from every layer, False what is worth least wherever it is; the
             default is False if the scores of different layers may be compared. Blocks and SSMs cannot go evenly.
         sequences, length, batch, seed: how many windows of how many tokens are drawn (by the seed) from the text,
             and how many run at once.
-        norm_repair: of every candidate, and of the plan.
+        norm_repair, repairs: of every candidate, and of the plan; see Plan. "stats" and all repairs are fitted on the
+            calibration tokens, so compact() takes the text too.
         tokenizer: for text; the default is the model's own.
         prefix_cache: False runs every candidate from the first layer (for comparison: the same plan, slower).
         log: of greedy and of the score "perplexity": a JSONL file, appended to with every candidate and step; if it
@@ -103,17 +106,17 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
     goal = Budget(budget, model.config)
     rows = calibration_rows(model, text, sequences, length, seed, tokenizer)
     score = score if score is not None else DEFAULT_SCORE[method]
-    sweep = Sweep(rows, batch, seed, chosen, norm_repair=norm_repair, progress=progress is True,
+    sweep = Sweep(rows, batch, seed, chosen, norm_repair=norm_repair, repairs=tuple(repairs), progress=progress is True,
                   log=log if method == "one-shot" else None)
     settings = {"method": method, "budget": dict(budget), "axes": [axis.name for axis in chosen], "bundle": bundles,
-                "score": _name(score), "group_aware": group_aware, "norm_repair": norm_repair, "seed": seed,
-                "rows": list(rows.shape), "batch": batch}
+                "score": _name(score), "group_aware": group_aware, "norm_repair": norm_repair, "repairs": list(repairs),
+                "seed": seed, "rows": list(rows.shape), "batch": batch}
     if method == "one-shot":
         scores = _scores(model, score, sweep, chosen, solve_only)
         return _one_shot(model, goal, Candidates(chosen, bundles, scores), evenly, sweep, settings, solve_only)
     settings |= {"rule": rule, "rescore": rescore}
-    greedy = Greedy(Pruned(model.config, norm_repair), goal, Candidates(chosen, bundles, None),
-                    Trials(model, sweep, norm_repair, prefix_cache=prefix_cache, workers=sweep.workers), rule, rescore)
+    trials = Trials(model, sweep, norm_repair, repairs, prefix_cache=prefix_cache, workers=sweep.workers)
+    greedy = Greedy(Pruned(model.config, norm_repair), goal, Candidates(chosen, bundles, None), trials, rule, rescore)
     header_budget = list(goal.shares) if len(goal.shares) == 1 else dict(budget)
     journal = Journal(log, {"settings": {**settings, "budget": header_budget}, "tokens": digest([rows]),
                             "model": fingerprint(model)}, sweep.workers)
@@ -124,34 +127,40 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
                 raise ValueError(f"log {log} does not reach the budget {dict(budget)}, only "
                                  f"{goal.reached(greedy.pruned.config)}; search on without solve_only")
             if not greedy.met:
-                ranked = [axis for axis in chosen if not axis.takes_all and bundles[axis.name] is not None]
+                ranked = [axis for axis in chosen
+                          if not (axis.whole or axis.ordered) and bundles[axis.name] is not None]
                 greedy.candidates.scores = _scores(model, score, sweep, ranked, False) if ranked else None
                 _run(greedy, journal, progress)
         return Plan(model.config.family, greedy.pruned.cuts, norm_repair, {
             "method": "greedy removal by calibration perplexity", "settings": settings,
-            "layer_evaluations": greedy.layer_evaluations, "trajectory": journal.steps})
+            "layer_evaluations": greedy.layer_evaluations, "trajectory": journal.steps}, repairs=tuple(repairs))
     finally:
         journal.close()
 
 
 def solve(model: LanguageModel | ModelConfig, scores: Scores | str | os.PathLike[str], budget: Mapping[str, float],
           axes: Sequence[str] | None = None, *, bundle: Bundle | Mapping[str, Bundle] = 0.125,
-          group_aware: bool = False, evenly: bool | None = None, norm_repair: str = "exact") -> Plan:
-    """The plan of a one-shot search() from saved scores, without calibration text and without running the model."""
+          group_aware: bool = False, evenly: bool | None = None, norm_repair: str = "stats",
+          repairs: Sequence[str] = ()) -> Plan:
+    """The plan of a one-shot search() from saved scores, without calibration text and without running the model.
+
+    axes: the default is what is scored of search()'s.
+    """
     config = model if isinstance(model, ModelConfig) else model.config
     _check_choice("norm_repair", norm_repair, NORM_REPAIRS)
     scores = scores if isinstance(scores, Scores) else Scores.load(scores)
     scores.check(config)
     scored = {axis for layer in scores.layers for axis in layer}
-    chosen = axes_named(config.family, [axis for axis in AXES[config.family] if axis in scored] if axes is None
-                        else axes, group_aware)
+    if axes is None:
+        axes = [axis for axis in DEFAULT_AXES[config.family] if axis in scored] or sorted(scored)
+    chosen = axes_named(config.family, axes, group_aware)
     if group_aware:
         _check_equal_groups(config)
     bundles = _bundles(bundle, chosen, "one-shot")
     candidates = Candidates(chosen, bundles, scores)
-    return _solved(config, Budget(budget, config), candidates, evenly, norm_repair, {
+    return _solved(config, Budget(budget, config), candidates, evenly, norm_repair, repairs, {
         "method": "one-shot", "budget": dict(budget), "axes": [axis.name for axis in chosen], "bundle": bundles,
-        "group_aware": group_aware, "norm_repair": norm_repair})
+        "group_aware": group_aware, "norm_repair": norm_repair, "repairs": list(repairs)})
 
 
 def prefix(plan: Plan, steps: int) -> Plan:
@@ -178,7 +187,7 @@ def _check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
 
 def _bundles(bundle: Bundle | Mapping[str, Bundle], axes: Sequence[Axis], method: str) -> dict[str, Bundle]:
     """The bundle of each axis; blocks and SSMs go whole."""
-    names = [axis.name for axis in axes if not axis.takes_all]
+    names = [axis.name for axis in axes if not axis.whole]
     if isinstance(bundle, Mapping) and not set(bundle) == set(names):
         raise ValueError(f"bundle has the axes {sorted(bundle)}; accepted: one bundle for all, "
                          f"or one for each of {names}")
@@ -241,11 +250,11 @@ def _scores(model: LanguageModel, score: Score, sweep: Sweep, axes: Sequence[Axi
 
 def _one_shot(model: LanguageModel, goal: Budget, candidates: Candidates, evenly: bool | None, sweep: Sweep,
               settings: dict[str, Any], solve_only: bool) -> Plan:
-    plan = _solved(model.config, goal, candidates, evenly, sweep.norm_repair, settings)
+    plan = _solved(model.config, goal, candidates, evenly, sweep.norm_repair, sweep.repairs, settings)
     if solve_only:
         return plan
     with evaluating(model):
-        trials = Trials(model, sweep, sweep.norm_repair, workers=sweep.workers)
+        trials = Trials(model, sweep, sweep.norm_repair, sweep.repairs, workers=sweep.workers)
         for layer, cut in plan.layers.items():
             trials.set(layer, cut)
         loss = trials.loss()
@@ -253,7 +262,7 @@ def _one_shot(model: LanguageModel, goal: Budget, candidates: Candidates, evenly
 
 
 def _solved(config: ModelConfig, goal: Budget, candidates: Candidates, evenly: bool | None, norm_repair: str,
-            settings: dict[str, Any]) -> Plan:
+            repairs: Sequence[str], settings: dict[str, Any]) -> Plan:
     scores = candidates.scores
     assert scores is not None
     whole = [axis.name for axis in candidates.axes if axis.name in WHOLE]
@@ -266,7 +275,7 @@ def _solved(config: ModelConfig, goal: Budget, candidates: Candidates, evenly: b
     records = take_evenly(pruned, goal, candidates) if evenly else take_lowest(pruned, goal, candidates, scores)
     return Plan(config.family, pruned.cuts, norm_repair, {
         "method": "one shot by scores", "settings": {**settings, "evenly": evenly}, "scores": scores.provenance,
-        "trajectory": records})
+        "trajectory": records}, repairs=tuple(repairs))
 
 
 # ---- greedy

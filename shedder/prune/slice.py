@@ -15,7 +15,7 @@ from shedder.models import mamba1, mamba2
 from shedder.models.sections import MODEL_SECTIONS, Axis, Section, Sections
 from shedder.nn import LanguageModel, build_block
 from shedder.nn.config import ModelConfig
-from shedder.prune.calibration import Calibration
+from shedder.prune.calibration import Calibration, calibration_of
 from shedder.prune.kept import Kept, compacted_layout, rest
 from shedder.prune.layer_plan import LayerPlan
 from shedder.prune.plan import Plan
@@ -33,17 +33,20 @@ Row = tuple[int, ...]
 Choice = Sequence[Row] | Mapping[int | None, Sequence[int]]
 
 
-def compact(model: LanguageModel, plan: Plan, calibration: Calibration | DenseStatistics | None = None
+def compact(model: LanguageModel, plan: Plan, calibration: str | Calibration | DenseStatistics | None = None
             ) -> LanguageModel:
     """A new, physically smaller model; `model` and its tensors stay as they are. Dtypes and device are kept.
 
     Args:
-        calibration: tokens, or what was measured on them, for a plan with norm_repair "stats" or with repairs.
+        calibration: for a plan with norm_repair "stats" or with repairs: the text that it was searched on, or
+            tokens, or what was measured on them.
     Raises:
         PlanError: the plan does not fit the model, or lacks the calibration that its repairs need.
     """
     config = model.config
     compacted = LanguageModel(plan.compacted_config(config), model.device, model.dtype, initialise=False)
+    if isinstance(calibration, str):
+        calibration = calibration_of(model, calibration, plan.provenance)
     if isinstance(calibration, Calibration):
         calibration = (dense_statistics(model, calibration, inputs="out_proj" in plan.repairs)
                        if plan.needs_statistics else None)

@@ -10,7 +10,7 @@ from shedder.prune.candidates import Candidate, Candidates, Pruned
 from shedder.prune.greedy import out_of_candidates
 from shedder.prune.scores import Scores
 
-WHOLE = ("block", "ssm")
+WHOLE = ("block", "ssm")              # what a layer loses after parts of it have gone
 
 
 def take_lowest(pruned: Pruned, budget: Budget, candidates: Candidates, scores: Scores) -> list[dict[str, Any]]:

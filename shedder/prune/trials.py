@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from shedder.prune.calibration import Calibration
 from shedder.prune.parallel import Workers
 from shedder.prune.plan import LayerPlan, Plan
 from shedder.prune.slice import compact_block
+from shedder.prune.statistics import dense_statistics
 
 Streams = list[tuple[Tensor, Tensor | None]]           # hidden and residual, one pair per calibration batch
 Key = tuple[int, str, int]                             # (layer, axis, unit); unit -1 where the axis has one candidate
@@ -37,9 +38,12 @@ class Trials:
     all trials; without (for comparison), in each.
     """
 
-    def __init__(self, model: LanguageModel, calibration: Calibration, norm_repair: str, *,
-                 prefix_cache: bool = True, workers: Workers | None = None) -> None:
-        self.model, self.norm_repair, self.prefix_cache = model, norm_repair, prefix_cache
+    def __init__(self, model: LanguageModel, calibration: Calibration, norm_repair: str, repairs: Sequence[str] = (),
+                 *, prefix_cache: bool = True, workers: Workers | None = None) -> None:
+        self.model, self.prefix_cache = model, prefix_cache
+        self.plan = Plan(model.config.family, {}, norm_repair, repairs=tuple(repairs))
+        self.statistics = (dense_statistics(model, calibration, inputs="out_proj" in repairs)
+                           if self.plan.needs_statistics else None)
         self.workers = workers or Workers()
         self.inputs, self.targets = calibration.inputs, calibration.targets
         self.blocks: list[nn.Module] = list(model.layers)
@@ -106,8 +110,8 @@ class Trials:
         return total / count
 
     def _sliced(self, layer: int, cut: LayerPlan) -> nn.Module:
-        plan = Plan(self.model.config.family, {layer: cut}, self.norm_repair)
-        return compact_block(self.model.layers[layer], self.model.config, layer, plan)
+        plan = replace(self.plan, layers={layer: cut})
+        return compact_block(self.model.layers[layer], self.model.config, layer, plan, self.statistics)
 
 
 def _runs(block: nn.Module) -> bool:

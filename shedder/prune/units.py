@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from shedder.layout import LayerLayout, RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
-from shedder.prune.plan import LayerPlan
+from shedder.nn.config import FAMILIES
+from shedder.prune.kept import Kept, group_of
+from shedder.prune.layer_plan import LayerPlan
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -21,7 +23,10 @@ class Axis(ABC):
 
     name: ClassVar[str]
     families: ClassVar[tuple[str, ...]]
-    takes_all: ClassVar[bool] = False                  # whether the last unit of a row may go
+    whole: ClassVar[bool] = False                      # one unit, which goes whole
+    ordered: ClassVar[bool] = False                    # units go in their order, whatever their scores
+    alike: bool = False                                # every row loses the units at the same places
+    keeps: ClassVar[int] = 1                           # units of a row that always stay
 
     @abstractmethod
     def rows(self, layout: LayerLayout) -> Rows:
@@ -37,7 +42,7 @@ class Axis(ABC):
 
 
 class BlockAxis(Axis):
-    name, families, takes_all = "block", ("mamba1", "mamba2"), True
+    name, families, whole = "block", ("mamba1", "mamba2"), True
 
     def rows(self, layout: LayerLayout) -> Rows:
         return () if isinstance(layout, RemovedBlock) else ((0,),)
@@ -50,7 +55,7 @@ class BlockAxis(Axis):
 
 
 class SSMAxis(Axis):
-    name, families, takes_all = "ssm", ("mamba1", "mamba2"), True
+    name, families, whole = "ssm", ("mamba1", "mamba2"), True
 
     def rows(self, layout: LayerLayout) -> Rows:
         return ((0,),) if isinstance(layout, (ScanLayout, SSDLayout)) else ()
@@ -76,7 +81,7 @@ class HeadAxis(Axis):
         return (tuple(range(layout.nheads)),) if isinstance(layout, (SSDLayout, RemovedSSM)) else ()
 
     def removed(self, layout: LayerLayout, cut: LayerPlan) -> set[int]:
-        return set(cut.heads)
+        return {*cut.heads, *_in_groups(layout, cut)}
 
     def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
         return LayerPlan(heads=tuple(units))
@@ -89,7 +94,7 @@ class ChannelAxis(Axis):
         return (tuple(range(layout.d_inner)),) if isinstance(layout, (ScanLayout, RemovedSSM)) else ()
 
     def removed(self, layout: LayerLayout, cut: LayerPlan) -> set[int]:
-        return set(cut.channels)
+        return {*cut.channels, *_in_groups(layout, cut)}
 
     def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
         return LayerPlan(channels=tuple(units))
@@ -121,18 +126,115 @@ class StateAxis(Axis):
                                       for g in range(layout.ngroups)))
 
 
-ALL: tuple[Axis, ...] = (BlockAxis(), SSMAxis(), HeadAxis(), ChannelAxis(), StateAxis())
-AXES = {family: tuple(axis.name for axis in ALL if family in axis.families) for family in ("mamba1", "mamba2")}
+class GroupAxis(Axis):
+    """A B/C group with all heads or channels that read it."""
+
+    name, families = "group", ("mamba1", "mamba2")
+
+    def rows(self, layout: LayerLayout) -> Rows:
+        groups = range(getattr(layout, "ngroups", 1))
+        return (tuple(groups),) if len(groups) > 1 else ()
+
+    def removed(self, layout: LayerLayout, cut: LayerPlan) -> set[int]:
+        left = set(Kept.of(layout, cut).units)
+        return set(range(getattr(layout, "ngroups", 1))) - {group for unit, group in enumerate(group_of(layout))
+                                                             if unit in left}
+
+    def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
+        return LayerPlan(groups=tuple(units))
 
 
-def axes_named(family: str, names: Sequence[str] | None, per_group: bool = False) -> tuple[Axis, ...]:
-    """The axes of a family, or those of them that are named, in the order above.
+@dataclass(frozen=True)
+class HeadChannelAxis(Axis):
+    """Channel p of head h is h * P + p; every head loses as many, alike: the same."""
+
+    alike: bool = False
+    name, families = "head_channel", ("mamba2",)
+
+    def rows(self, layout: LayerLayout) -> Rows:
+        if not isinstance(layout, (SSDLayout, RemovedSSM)):
+            return ()
+        return tuple(tuple(range(head * layout.headdim, (head + 1) * layout.headdim)) for head in range(layout.nheads))
+
+    def removed(self, layout: LayerLayout, cut: LayerPlan) -> set[int]:
+        return {row[channel] for row, channels in zip(self.rows(layout), cut.head_channels, strict=False)
+                for channel in channels}
+
+    def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
+        taken = set(units)
+        return LayerPlan(head_channels=tuple(tuple(place for place, unit in enumerate(row) if unit in taken)
+                                             for row in self.rows(layout)))
+
+
+class MLPAxis(Axis):
+    """Channels beside the SSM, where d_ssm < d_inner."""
+
+    name, families, keeps = "mlp", ("mamba2",), 0
+
+    def rows(self, layout: LayerLayout) -> Rows:
+        channels = getattr(layout, "mlp_channels", 0)
+        return (tuple(range(channels)),) if channels else ()
+
+    def removed(self, layout: LayerLayout, cut: LayerPlan) -> set[int]:
+        return set(cut.mlp)
+
+    def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
+        return LayerPlan(mlp=tuple(units))
+
+
+class RankAxis(Axis):
+    """The rank of dt in Mamba-1; unit i is the i-th smallest singular direction."""
+
+    name, families, ordered = "rank", ("mamba1",), True
+
+    def rows(self, layout: LayerLayout) -> Rows:
+        return (tuple(range(layout.dt_rank)),) if isinstance(layout, ScanLayout) else ()
+
+    def removed(self, layout: LayerLayout, cut: LayerPlan) -> set[int]:
+        return set(range(cut.ranks))
+
+    def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
+        return LayerPlan(ranks=len(units))
+
+
+class TapAxis(Axis):
+    """Taps of the convolution, the oldest first."""
+
+    name, families, ordered = "tap", ("mamba1", "mamba2"), True
+
+    def rows(self, layout: LayerLayout) -> Rows:
+        return () if isinstance(layout, RemovedBlock) else (tuple(range(layout.conv_width)),)
+
+    def removed(self, layout: LayerLayout, cut: LayerPlan) -> set[int]:
+        return set(range(cut.taps))
+
+    def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
+        return LayerPlan(taps=len(units))
+
+
+def _in_groups(layout: LayerLayout, cut: LayerPlan) -> set[int]:
+    """The heads or channels that go with their groups."""
+    return {unit for unit, group in enumerate(group_of(layout)) if group in cut.groups}
+
+
+ALL: tuple[Axis, ...] = (BlockAxis(), SSMAxis(), HeadAxis(), ChannelAxis(), StateAxis(), GroupAxis(), HeadChannelAxis(),
+                         MLPAxis(), RankAxis(), TapAxis())
+AXES = {family: tuple(axis.name for axis in ALL if family in axis.families) for family in FAMILIES}
+DEFAULT_AXES = {"mamba1": ("block", "ssm", "channel", "state"), "mamba2": ("block", "ssm", "head", "state")}
+
+
+def axes_named(family: str, names: Sequence[str] | None, group_aware: bool = False) -> tuple[Axis, ...]:
+    """The axes of a family that are named, in the order above; None: the default ones.
 
     Raises:
         ValueError: a name that the family does not have.
     """
     known = AXES[family]
-    if names is not None and (isinstance(names, str) or not names or not set(names) <= set(known)):
+    names = DEFAULT_AXES[family] if names is None else names
+    if isinstance(names, str) or not names or not set(names) <= set(known):
         raise ValueError(f"axes is {names!r}; a {family} model accepts a list of {known}")
-    found = [axis for axis in ALL if family in axis.families and (names is None or axis.name in names)]
-    return tuple(HeadAxis(per_group=True) if per_group and axis.name == "head" else axis for axis in found)
+    chosen = {axis.name: axis for axis in ALL if family in axis.families and axis.name in names}
+    if group_aware:
+        chosen |= {axis.name: axis for axis in (HeadAxis(per_group=True), HeadChannelAxis(alike=True))
+                   if axis.name in chosen}
+    return tuple(chosen.values())

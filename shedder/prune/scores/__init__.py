@@ -19,7 +19,7 @@ from shedder.prune.scores.contribution import contribution
 from shedder.prune.scores.magnitude import magnitude
 from shedder.prune.scores.perplexity import Sweep, perplexity_rise
 from shedder.prune.scores.states import controllability_observability, delta_activity, h_infinity
-from shedder.prune.scores.table import Scores, ScoresError, combined
+from shedder.prune.scores.table import Scores, ScoresError, combined, with_groups
 from shedder.prune.scores.taylor import first_order, second_order
 from shedder.prune.units import axes_named
 from shedder.text import Tokenizer
@@ -50,24 +50,24 @@ METHODS = {
 
 def score(model: LanguageModel, text: str | Tensor | Sequence[int], method: str, axes: Sequence[str] | None = None, *,
           sequences: int = 16, length: int = 512, batch: int = 8, seed: int = 0, levels: int = 8,
-          norm_repair: str = "exact", tokenizer: Tokenizer | None = None, log: str | Path | None = None,
-          progress: bool = True) -> Scores:
+          norm_repair: str = "stats", repairs: Sequence[str] = (), tokenizer: Tokenizer | None = None,
+          log: str | Path | None = None, progress: bool = True) -> Scores:
     """The scores of a model's units; `Scores.save` keeps them, and solve() makes plans of them.
 
     Args:
         model, text, sequences, length, batch, seed, tokenizer: as for search().
         method: one of METHODS, see the functions there.
         axes: which units; the default is all that the method knows.
-        levels, norm_repair, log: of "perplexity", which runs each layer with more and more of its units removed, in
-            so many levels, repaired so; killed, it goes on from the log.
+        levels, norm_repair, repairs, log: of "perplexity", which runs each layer with more and more of its units
+            removed, in so many levels, repaired so; killed, it goes on from the log.
     Raises:
         ValueError: an argument is wrong, or the method has no scores for an axis.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; accepted: one of {tuple(METHODS)}")
     rows = calibration_rows(model, text, sequences, length, seed, tokenizer)
-    return score_rows(model, Sweep(rows, batch, seed, axes_named(model.config.family, axes), levels, norm_repair, log,
-                                   progress), method, None if axes is None else tuple(axes))
+    return score_rows(model, Sweep(rows, batch, seed, axes_named(model.config.family, axes), levels, norm_repair,
+                                   tuple(repairs), log, progress), method, None if axes is None else tuple(axes))
 
 
 def score_rows(model: LanguageModel, sweep: Sweep, method: str, axes: Sequence[str] | None) -> Scores:
@@ -75,7 +75,7 @@ def score_rows(model: LanguageModel, sweep: Sweep, method: str, axes: Sequence[s
     was_training = model.training
     model.eval()
     try:
-        layers = METHODS[method].run(model, sweep)
+        layers = with_groups(model.config, METHODS[method].run(model, sweep))
     finally:
         model.train(was_training)
     known = {axis for scores in layers for axis in scores}

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from shedder.layout import RemovedBlock, RemovedSSM, SSDLayout
+from shedder.layout import RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
 from shedder.nn import LanguageModel
 from shedder.nn.block import Block
 from shedder.ops import linear
@@ -29,7 +29,9 @@ def activation(model: LanguageModel, calibration: Calibration) -> list[dict[str,
     def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         layout = config.layers[index]
         assert not isinstance(layout, RemovedBlock)
-        first = 0 if config.family == "mamba1" else layout.d_inner            # in_proj is [x z] or [z x ...]
+        first = 0                                      # in_proj is [x z], or [MLP z x ...]
+        if not isinstance(layout, ScanLayout) and config.family == "mamba2":
+            first = 2 * layout.mlp_channels + layout.d_inner
         weight = live_mixers(model)[index].in_proj.weight[first:first + layout.d_inner]      # type: ignore[union-attr, index]
 
         def see(module: nn.Module, inputs: tuple[Tensor, ...], hidden: Tensor) -> None:
@@ -52,5 +54,6 @@ def activation(model: LanguageModel, calibration: Calibration) -> list[dict[str,
             scores[index] = {"channel": channels}
         else:
             assert isinstance(layout, (SSDLayout, RemovedSSM))
-            scores[index] = {"head": channels.unflatten(0, (-1, layout.headdim)).sum(1)}
+            of_heads = channels.unflatten(0, (-1, layout.headdim))
+            scores[index] = {"head": of_heads.sum(1), "head_channel": of_heads}
     return scores

@@ -15,10 +15,10 @@ from shedder.prune.scores.observe import Sums, live_mixers, watch
 def contribution(model: LanguageModel, calibration: Calibration) -> list[dict[str, Tensor]]:
     """Energies of what goes with a unit.
 
-    A channel counts for the energy of gated y, relative to its norm segment, times the squared norm weight and
-    the squared norm of its out_proj column; a head for the sum over its channels. A state counts for
-    E[B^2] E[C^2], in Mamba-1 times the energy that its decay lets it accumulate, sum over c of
-    E[(dt x)^2] / (1 - exp(-2 E[dt] |A|)).
+    A channel (of a head, or of Mamba-1) counts for the energy of gated y, relative to its norm segment, times the
+    squared norm weight and the squared norm of its out_proj column; a head for the sum over its channels; an MLP
+    channel as one without a norm. A state counts for E[B^2] E[C^2], in Mamba-1 times the energy that its decay lets
+    it accumulate, sum over c of E[(dt x)^2] / (1 - exp(-2 E[dt] |A|)).
     """
     mixers = live_mixers(model)
     moments = {index: _Moments(model.config.family) for index in mixers}
@@ -36,8 +36,8 @@ class _Moments:
         self._dt: Tensor | None = None
 
     def see(self, name: str, value: Tensor) -> None:
-        if name == "gated":
-            self.sums.add("gated", value.double().square().sum((0, 1)))
+        if name in ("gated", "mlp"):
+            self.sums.add(name, value.double().square().sum((0, 1)))
         elif name in ("B", "C"):
             self.sums.add(name, self._over_time(value.double().square()))
         elif name in ("x", "dt") and self.time_last:
@@ -66,9 +66,15 @@ def _of_layer(config: ModelConfig, index: int, mixer: Mixer, sums: Sums) -> dict
         parts = energy.split([segment.channels for segment in layout.norm_segments])
         energy = torch.cat([part / part.mean().clamp(min=1e-30) for part in parts])
         energy = energy * mixer.norm.weight.double().square()                 # type: ignore[union-attr, operator]
-    channels = energy * mixer.out_proj.weight.double().square().sum(0)
-    scores = ({"channel": channels} if config.family == "mamba1" else
-              {"head": channels.unflatten(0, (layout.nheads, layout.headdim)).sum(1)})       # type: ignore[union-attr]
+    columns = mixer.out_proj.weight.double().square().sum(0)
+    channels = energy * columns[-layout.d_inner:]
+    if isinstance(layout, ScanLayout) or config.family == "mamba1":
+        scores = {"channel": channels}
+    else:
+        of_heads = channels.unflatten(0, (layout.nheads, layout.headdim))
+        scores = {"head": of_heads.sum(1), "head_channel": of_heads}
+        if layout.mlp_channels:
+            scores["mlp"] = sums["mlp"] * columns[:layout.mlp_channels]
     if isinstance(layout, RemovedSSM):
         return scores
     states = sums["B"] * sums["C"]                                            # (G, N)

@@ -8,18 +8,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from shedder.layout import RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
+from shedder.layout import RemovedBlock, RemovedSSM
 from shedder.models import mamba1, mamba2
 from shedder.models.sections import Sections
 from shedder.nn import LanguageModel
 from shedder.prune.calibration import Calibration
+from shedder.prune.slice import axis_sizes
 
 WEIGHTS = ("in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight")
 _SECTIONS = {"mamba1": mamba1.SECTIONS, "mamba2": mamba2.SECTIONS}
 # The axes of the section tables that make up a unit, in the order of the shape of its scores.
 UNITS: dict[str, dict[str, tuple[str, ...]]] = {
     "mamba1": {"channel": ("channel",), "state": ("state",)},
-    "mamba2": {"head": ("head",), "state": ("group", "state")},
+    "mamba2": {"head": ("head",), "state": ("group", "state"), "head_channel": ("head", "channel"), "mlp": ("mlp",)},
 }
 
 
@@ -34,21 +35,13 @@ def magnitude(model: LanguageModel, calibration: Calibration) -> list[dict[str, 
         if mixer is None or isinstance(layout, RemovedBlock):
             continue
         energies = {name: weight.double().square() for name, weight in mixer.named_parameters() if name in WEIGHTS}
-        parts = _parts(sections, energies, _sizes(config.family, layout), isinstance(layout, RemovedSSM))
+        parts = _parts(sections, energies, axis_sizes(sections, config, layout), isinstance(layout, RemovedSSM))
         scores[index]["block"] = torch.stack([energy.sum() for energy in energies.values()]).sum()
         for unit, axes in UNITS[config.family].items():
             found = [_by_unit(energy, names, axes) for names, energy in parts if set(axes) <= set(names)]
             if found:
                 scores[index][unit] = torch.stack(found).sum(0)
     return scores
-
-
-def _sizes(family: str, layout: ScanLayout | SSDLayout | RemovedSSM) -> dict[str, int]:
-    units = ({"channel": layout.d_inner} if family == "mamba1" or isinstance(layout, ScanLayout) else
-             {"head": layout.nheads, "channel": layout.headdim})
-    return units | {"group": getattr(layout, "ngroups", 0), "state": getattr(layout, "dstate", 0),
-                    "rank": getattr(layout, "dt_rank", 0), "padding": getattr(layout, "row_padding", 0),
-                    "mlp": getattr(layout, "mlp_channels", 0)}
 
 
 def _parts(sections: Sections, energies: Mapping[str, Tensor], sizes: Mapping[str, int], no_ssm: bool
@@ -59,8 +52,6 @@ def _parts(sections: Sections, energies: Mapping[str, Tensor], sizes: Mapping[st
         for dim, names in enumerate(sections.tensors["mixer." + name]):
             along = energy.sum([other for other in range(energy.dim()) if other != dim])
             present = [s for s in names if not (no_ssm and s in sections.removed_with_ssm)]
-            if any(axis not in sizes for s in present for axis in sections.axes[s]):      # d_model, taps
-                continue
             shapes = [tuple(sizes[axis] for axis in sections.axes[s]) for s in present]
             runs = along.split([math.prod(shape) for shape in shapes])
             parts += [(sections.axes[s], run.view(shape)) for s, shape, run in zip(present, shapes, runs, strict=True)]

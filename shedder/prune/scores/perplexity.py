@@ -15,6 +15,7 @@ from shedder.prune.calibration import Calibration, digest, fingerprint
 from shedder.prune.journal import Journal
 from shedder.prune.parallel import Workers
 from shedder.prune.scores.contribution import contribution
+from shedder.prune.scores.table import with_groups
 from shedder.prune.trials import Trial, Trials, evaluating
 from shedder.prune.units import Axis
 
@@ -25,7 +26,8 @@ class Sweep(Calibration):
 
     axes: tuple[Axis, ...] = ()
     levels: int = 8
-    norm_repair: str = "exact"
+    norm_repair: str = "stats"
+    repairs: tuple[str, ...] = ()
     log: str | Path | None = None
     progress: bool = False
     workers: Workers = field(default_factory=Workers)
@@ -53,11 +55,12 @@ def perplexity_rise(model: LanguageModel, sweep: Calibration) -> list[dict[str, 
     Where a bundle adds less than the one before it, both get their mean, so that the order of the units holds.
     """
     assert isinstance(sweep, Sweep)
-    ranks = contribution(model, sweep) if any(not axis.takes_all for axis in sweep.axes) else []
+    needed = any(not (axis.whole or axis.ordered) for axis in sweep.axes)
+    ranks = with_groups(model.config, contribution(model, sweep)) if needed else []
     curves = [curve for layer in range(len(model.config.layers)) for axis in sweep.axes
               for curve in _curve(model, layer, axis, ranks[layer].get(axis.name) if ranks else None, sweep.levels)]
     with evaluating(model):
-        trials = Trials(model, sweep, sweep.norm_repair, workers=sweep.workers)
+        trials = Trials(model, sweep, sweep.norm_repair, sweep.repairs, workers=sweep.workers)
         losses = _losses(model, sweep, trials, [trial for curve in curves for trial in curve.trials(model)])
     scores: list[dict[str, Tensor]] = [{} for _ in model.config.layers]
     for curve in curves:
@@ -73,21 +76,25 @@ def _curve(model: LanguageModel, layer: int, axis: Axis, ranks: Tensor | None, l
     rows = axis.rows(model.config.layers[layer])
     if not rows:
         return []
-    if axis.takes_all:
+    if axis.whole:
         return [_Curve(layer, axis, [list(rows[0])], [1])]
-    if ranks is None or len(rows[0]) < 2:
+    most = len(rows[0]) - axis.keeps
+    if most < 1:
         return []
-    values = ranks.flatten().tolist()
-    ordered = [sorted(row, key=lambda unit: (values[unit], unit)) for row in rows]
-    full = len(rows[0])
-    return [_Curve(layer, axis, ordered, sorted({min(max(1, round(level * full / levels)), full - 1)
+    ordered = [list(row) for row in rows]
+    if not axis.ordered:
+        assert ranks is not None
+        values = ranks.flatten().tolist()
+        ordered = [sorted(row, key=lambda unit: (values[unit], unit)) for row in rows]
+    return [_Curve(layer, axis, ordered, sorted({min(max(1, round(level * len(rows[0]) / levels)), most)
                                                  for level in range(1, levels + 1)}))]
 
 
 def _losses(model: LanguageModel, sweep: Sweep, runner: Trials, trials: Sequence[Trial]) -> dict:
     journal = Journal(sweep.log, {"settings": {
         "score": "perplexity", "axes": [axis.name for axis in sweep.axes], "levels": sweep.levels,
-        "norm_repair": sweep.norm_repair, "rows": list(sweep.rows.shape), "batch": sweep.batch},
+        "norm_repair": sweep.norm_repair, "repairs": list(sweep.repairs), "rows": list(sweep.rows.shape),
+        "batch": sweep.batch},
         "tokens": digest([sweep.rows]), "model": fingerprint(model)}, sweep.workers)
     try:
         if not journal.steps:
@@ -108,7 +115,7 @@ def _losses(model: LanguageModel, sweep: Sweep, runner: Trials, trials: Sequence
 
 def _spread(curve: _Curve, rises: Sequence[float]) -> Tensor:
     """One value per unit, flattened as the axis numbers them; rises[i] is the rise at counts[i]."""
-    if curve.axis.takes_all:
+    if curve.axis.whole:
         return torch.tensor(rises[0], dtype=torch.float64)
     pools: list[list[float]] = []                      # [rise, units of a row], means never falling
     before, gone = 0.0, 0

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from shedder.nn.config import FAMILIES, ModelConfig
+from shedder.prune.kept import group_of
 from shedder.prune.units import ALL, AXES
 
 FORMAT = "shedder.scores"
@@ -31,7 +32,7 @@ class Scores:
     """What each unit is worth: the higher, the later it goes. The score of a set of units is the sum of theirs.
 
     layers[i][axis] has one fp64 value per unit of layer i: (), for "block" and "ssm"; (H,) for "head"; (D,) for
-    "channel"; (G, N), in Mamba-1 (N,), for "state". An axis that was not scored is missing.
+    "channel"; (G, N), in Mamba-1 (N,), for "state"; (H, P) for "head_channel". An axis that was not scored is missing.
     comparable: values of different layers, and of different axes, may be compared.
     provenance is free-form JSON: which model, tokens and method.
     """
@@ -117,6 +118,19 @@ def combined(parts: Mapping[str, Scores]) -> Scores:
                    for index in range(len(first.layers)))
     return Scores(first.family, layers, len(methods) == 1 and first.comparable,
                   {axis: scores.provenance for axis, scores in parts.items()} if len(methods) > 1 else first.provenance)
+
+
+def with_groups(config: ModelConfig, layers: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Scores of B/C groups too, where a method has none of its own: the sum over the heads or channels of a group."""
+    found = []
+    for layout, scores in zip(config.layers, layers, strict=True):
+        units = scores.get("head", scores.get("channel"))
+        groups = group_of(layout)
+        if units is not None and groups and "group" not in scores:
+            sums = torch.zeros(max(groups) + 1, dtype=units.dtype, device=units.device)
+            scores = {**scores, "group": sums.index_add(0, torch.tensor(groups, device=units.device), units)}
+        found.append(scores)
+    return found
 
 
 def layer_adaptive(values: Sequence[float]) -> list[float]:

@@ -1,8 +1,8 @@
 """Taylor scores: the loss as a function of gates on the units, 1 as trained and 0 when removed.
 
 A gate stands where removing the unit acts: on the mixer's output (block), on the part of y that comes from the state
-(ssm), on x after the convolution (head, channel), on B (state). Gates are per sequence, so one backward pass gives
-the gradient of each sequence.
+(ssm), on x after the convolution (head, head_channel, channel), on B (state), on the MLP. Gates are per sequence, so
+one backward pass gives the gradient of each sequence.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def _gates(model: LanguageModel, index: int, batch: int) -> dict[str, Tensor]:
         shapes["channel"] = (layout.d_inner,)
     else:
         assert isinstance(layout, (SSDLayout, RemovedSSM))
-        shapes["head"] = (layout.nheads,)
+        shapes |= {"head": (layout.nheads,), "head_channel": (layout.nheads, layout.headdim)}
+        if layout.mlp_channels:
+            shapes["mlp"] = (layout.mlp_channels,)
     if isinstance(layout, ScanLayout):
         shapes["state"] = (layout.dstate,)
     elif isinstance(layout, SSDLayout):
@@ -98,7 +100,8 @@ def _gated(mixer: Mixer, gates: dict[str, Tensor]) -> Probe:
 
     def probe(name: str, value: Tensor) -> Tensor:
         if name == "x":
-            gate = gates["head"][:, None, :, None] if "head" in gates else gates["channel"][:, :, None]
+            gate = (gates["channel"][:, :, None] if "channel" in gates else
+                    (gates["head"][..., None] * gates["head_channel"])[:, None])
             value = value * gate.to(value.dtype)
             x_seen[:] = [value]
         elif name == "y" and "ssm" in gates:
@@ -108,6 +111,8 @@ def _gated(mixer: Mixer, gates: dict[str, Tensor]) -> Probe:
             gate = gates["state"]
             gate = gate[:, None, :, None] if gate.dim() == 2 else gate[:, None]           # (B,G,N,L) or (B,L,G,N)
             value = value * gate.to(value.dtype)
+        elif name == "mlp":
+            value = value * gates["mlp"][:, None].to(value.dtype)
         elif name == "out":
             value = value * gates["block"][:, None, None].to(value.dtype)
         return value
@@ -117,6 +122,6 @@ def _gated(mixer: Mixer, gates: dict[str, Tensor]) -> Probe:
 
 def _skip_gain(mixer: Mixer, y: Tensor) -> Tensor:
     """D in the shape of y: (B, L, H, P), or (B, D, L) in Mamba-1."""
-    if y.dim() == 3:
-        return mixer.D[:, None]
-    return mixer.D[:, None] if mixer.D.numel() == y.shape[2] else mixer.D.view(y.shape[2:])
+    D = mixer.D
+    assert D is not None
+    return D[:, None] if y.dim() == 3 or D.numel() == y.shape[2] else D.view(y.shape[2:])
