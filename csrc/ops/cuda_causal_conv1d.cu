@@ -5,6 +5,7 @@
 #include "kernels/causal_conv1d.cuh"
 #include "kernels/causal_conv1d_update.cuh"
 #include "ops/cuda_arguments.h"
+#include "ops/cuda_launchers.h"
 
 namespace shedder {
 namespace {
@@ -87,6 +88,8 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
     run(causal_conv1d_any<T>, p.batch * p.channels * ((p.length + p.steps - 1) / p.steps), kConvThreads);
 }
 
+}  // namespace
+
 void causal_conv1d(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, bool silu,
                    const MaybeTensor &initial_states, const MaybeTensor &seq_idx, Tensor y, Tensor final_states) {
     const Arguments arguments{"causal_conv1d", x.get_device_index()};
@@ -146,7 +149,6 @@ void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weig
     check_launch(arguments.op);
 }
 
-}  // namespace
 }  // namespace shedder
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {

@@ -5,6 +5,7 @@
 
 #include "kernels/gated_rmsnorm.cuh"
 #include "ops/cuda_arguments.h"
+#include "ops/cuda_launchers.h"
 
 namespace shedder {
 namespace {
@@ -43,6 +44,8 @@ void launch_norm(const GatedRMSNormParams &p, bool norm_before_gate, bool aligne
     if (norm_before_gate) return general ? with_order(Yes{}, Yes{}) : with_order(Yes{}, No{});
     return general ? with_order(No{}, Yes{}) : with_order(No{}, No{});
 }
+
+}  // namespace
 
 void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, const MaybeTensor &z,
                    std::vector<int64_t> segments, std::vector<double> eps, bool norm_before_gate, Tensor y) {
@@ -101,7 +104,6 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
     check_launch(kNormOp);
 }
 
-}  // namespace
 }  // namespace shedder
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {

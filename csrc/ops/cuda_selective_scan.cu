@@ -6,6 +6,7 @@
 #include "kernels/selective_scan_fwd.cuh"
 #include "kernels/selective_scan_tiled.cuh"
 #include "ops/cuda_common.h"
+#include "ops/cuda_launchers.h"
 
 namespace shedder {
 namespace {
@@ -117,6 +118,8 @@ void launch(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t
     else launch_tiled<Input>(p, access, stream);
 }
 
+}  // namespace
+
 void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const Tensor &B, const Tensor &C,
                     const std::optional<Tensor> &D, const std::optional<Tensor> &z,
                     const std::optional<Tensor> &delta_bias, bool delta_softplus,
@@ -215,7 +218,6 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
     check_launch("selective_scan");
 }
 
-}  // namespace
 }  // namespace shedder
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {

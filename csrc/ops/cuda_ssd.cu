@@ -7,6 +7,7 @@
 
 #include "kernels/ssd_fwd.cuh"
 #include "ops/cuda_common.h"
+#include "ops/cuda_launchers.h"
 
 namespace shedder {
 namespace {
@@ -109,6 +110,8 @@ void launch_for_states(SsdParams &p, int batch, int heads_per_cta, int segments,
     return launch_for_heads<Input, 16>(p, batch, heads_per_cta, segments, like, stream);
 }
 
+}  // namespace
+
 void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
          const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
          bool dt_softplus, double dt_min, double dt_max, const Tensor &head_to_group,
@@ -204,7 +207,6 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
     check_launch("ssd");
 }
 
-}  // namespace
 }  // namespace shedder
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {

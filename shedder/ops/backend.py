@@ -64,7 +64,7 @@ def unavailable(backend: str) -> str | None:
     return module_of(backend).available()
 
 
-def _refusal(backend: str, op: str, facts: dict[str, Any]) -> str | None:
+def refusal(backend: str, op: str, facts: dict[str, Any]) -> str | None:
     """Why `backend` cannot run this call, or None."""
     reason = unavailable(backend)
     if reason is not None:
@@ -88,11 +88,11 @@ def decide(op: str, backend: str, facts: Facts) -> Explanation:
         rejected = {name: "there is nothing to compute" for name in candidates if name != "reference"}
         candidates = ("reference",)
     for name in candidates:
-        reason = _refusal(name, op, known)
+        reason = refusal(name, op, known)
         if reason is None:
             for other in BACKENDS:
                 if other != name and other not in rejected:
-                    rejected[other] = _refusal(other, op, known) or (
+                    rejected[other] = refusal(other, op, known) or (
                         f"comes after {name}" if backend == "auto" else f"backend={backend!r} was asked for")
             module = module_of(name)
             kernel = getattr(module, "kernel", None)

@@ -20,6 +20,7 @@ from shedder.ops.checks import (
     integers,
 )
 from shedder.ops.register import register
+from shedder.ops.whole import take_whole
 
 
 def _facts(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
@@ -81,6 +82,11 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_
         ValueError: naming the argument, what came, and what is accepted.
     """
     silu = check_activation(activation)
+    if final_states_out is None:
+        taken = take_whole("causal_conv1d_fn", x, backend, lambda: (
+            x, weight, bias, seq_idx, initial_states, return_final_states, silu))
+        if taken is not None:
+            return taken if return_final_states else taken[0]
     check_shape("x", x, (None, None, None), "(B, D, L)")
     _check_weight(x, weight, bias)
     batch, channels, length = x.shape
@@ -151,6 +157,10 @@ def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Te
         ValueError: naming the argument, what came, and what is accepted.
     """
     silu = check_activation(activation)
+    taken = take_whole("causal_conv1d_update", x, backend, lambda: (
+        x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices))
+    if taken is not None:
+        return taken[0]
     if not isinstance(x, Tensor) or x.dim() not in (2, 3):
         raise ValueError(f"x has shape {tuple(getattr(x, 'shape', ()))}; accepted: (B, D) or (B, D, S)")
     is_single = x.dim() == 2

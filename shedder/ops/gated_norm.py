@@ -12,6 +12,7 @@ from shedder import reference
 from shedder.ops.backend import Facts
 from shedder.ops.checks import FLOATS, OncePerLook, check_dtype, check_parameter, check_same_device, check_shape
 from shedder.ops.register import register
+from shedder.ops.whole import take_whole
 
 
 def _facts(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, segments: Sequence[int],
@@ -55,6 +56,10 @@ def rmsnorm_fn(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None 
     Raises:
         ValueError: naming the argument, what came, and what is accepted.
     """
+    taken = take_whole("rmsnorm_fn", x, backend, lambda: (
+        x, weight, bias, z, eps, group_size, norm_before_gate, segments, segment_eps))
+    if taken is not None:
+        return taken[0]
     sizes, each_eps = _check((x, weight, bias, z), eps, group_size, None if segments is None else tuple(segments),
                              None if segment_eps is None else tuple(segment_eps))
     return _gated_rmsnorm(x, weight, bias, z, sizes, each_eps, norm_before_gate, backend or "auto")

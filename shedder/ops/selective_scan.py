@@ -13,6 +13,7 @@ from shedder.ops.backend import Facts
 from shedder.ops.checks import (
     FLOATS,
     MAX_STATES,
+    OncePerLook,
     check_dtype,
     check_parameter,
     check_same_device,
@@ -26,6 +27,7 @@ from shedder.ops.conv1d import causal_conv1d_fn
 from shedder.ops.gated_norm import rmsnorm_fn
 from shedder.ops.group_map import GroupMap, as_group_map, check_group_map
 from shedder.ops.register import register
+from shedder.ops.whole import take_whole
 
 
 def _facts(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
@@ -93,6 +95,11 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     Raises:
         ValueError: naming the argument, what came, and what is accepted.
     """
+    taken = take_whole("selective_scan_fn", u, backend, lambda: (
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state, channel_to_group,
+        seq_idx))
+    if taken is not None:
+        return taken if return_last_state else taken[0]
     check_shape("u", u, (None, None, None), "(B, D, L)")
     check_dtype("u", u, FLOATS)
     batch, channels, length = u.shape
@@ -176,41 +183,30 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
     """
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"checkpoint_lvl is {checkpoint_lvl!r}; accepted: 0 or 1")
-    check_shape("delta_proj_weight", delta_proj_weight, (None, None), "(D, R)")
-    channels, rank = delta_proj_weight.shape
-    check_shape("xz", xz, (None, 2 * channels, None), "(B, 2D, L)")
-    batch, _, length = xz.shape
-    if isinstance(conv1d_weight, Tensor) and conv1d_weight.dim() == 3:
-        check_shape("conv1d_weight", conv1d_weight, (channels, 1, None), "(D, 1, W)")
+    rank, rows, group_rows = _inner_rows((xz, conv1d_weight, x_proj_weight, delta_proj_weight, out_proj_weight,
+                                          A), B is None, C is None)
+    if conv1d_weight.dim() == 3:
         conv1d_weight = conv1d_weight.squeeze(1)
-    check_shape("A", A, (channels, None), "(D, N)")
-    check_shape("x_proj_weight", x_proj_weight, (None, channels), "(R + 2GN, D)")
-    check_shape("out_proj_weight", out_proj_weight, (None, channels), "(out, D)")
-    rows = A.shape[1] * (2 if A.is_complex() else 1)                # of one group of B or C
     projected = (B is None) + (C is None)
-    left = x_proj_weight.shape[0] - rank
-    if left < 0 or (projected and (left == 0 or left % (projected * rows))) or (not projected and left):
-        raise ValueError(f"x_proj_weight has {x_proj_weight.shape[0]} rows; accepted: R = {rank} and a multiple of "
-                         f"{rows} for each of B and C that is None")
-    group_rows = left // projected if projected else 0              # of all groups
 
     x, z = xz.chunk(2, dim=1)
     x = causal_conv1d_fn(x, conv1d_weight, conv1d_bias, activation="silu", backend=backend)
-    projections = F.linear(x.transpose(1, 2).reshape(batch * length, channels), x_proj_weight)
-    dt, *rest = projections.split([rank] + [group_rows] * projected, dim=-1)
+    projections = _project(x_proj_weight, x)                        # (B, R + 2GN, L): B and C come with time adjacent
+    dt, *rest = projections.split([rank] + [group_rows] * projected, dim=1)
     if dt_rms_weight is not None:
-        dt = rmsnorm_fn(dt, dt_rms_weight, None, eps=b_c_dt_rms_eps, backend=backend)
-    delta = (delta_proj_weight.to(dt.dtype) @ dt.t()).view(channels, batch, length).transpose(0, 1)
+        dt = _norm_rows(dt, dt_rms_weight, b_c_dt_rms_eps, backend)
+    delta = _project(delta_proj_weight.to(dt.dtype), dt)
 
     def finish(M: Tensor, bias: Tensor | None, rms_weight: Tensor | None) -> Tensor:
-        """(B, G, N, L) from the rows of a projection, (B L, GN)."""
+        """(B, G, N, L), or (B, N, L) for one group, from the rows of a projection, (B, GN, L)."""
         if bias is not None:
-            M = M + bias.to(M.dtype)
+            M = M + bias.to(M.dtype)[:, None]
         if rms_weight is not None:
-            M = rmsnorm_fn(M, rms_weight, None, eps=b_c_dt_rms_eps, backend=backend)
-        M = M.view(batch, length, group_rows // rows, rows).permute(0, 2, 3, 1)
+            M = _norm_rows(M, rms_weight, b_c_dt_rms_eps, backend)
         if A.is_complex():
-            M = M.unflatten(2, (A.shape[1], 2)).transpose(3, 4).flatten(3)       # (B, G, N, 2L)
+            M = M.unflatten(1, (-1, A.shape[1], 2)).transpose(3, 4).flatten(3)   # (B, G, N, 2L)
+        elif group_rows > rows:
+            M = M.unflatten(1, (-1, rows))
         return M.to(x.dtype)
 
     if B is None:
@@ -219,4 +215,42 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
         C = finish(rest.pop(0), C_proj_bias, c_rms_weight)
     y = selective_scan_fn(x, delta.to(x.dtype), A, B, C, D, z, delta_bias, delta_softplus,
                           channel_to_group=channel_to_group, backend=backend)
-    return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    return F.linear(y.transpose(1, 2), _uncopied(out_proj_weight), out_proj_bias)
+
+
+@OncePerLook
+def _inner_rows(tensors: tuple[Any, ...], projects_B: bool, projects_C: bool) -> tuple[int, int, int]:
+    """Rows of x_proj: R, those of one group of B or C, and those of all groups."""
+    xz, conv1d_weight, x_proj_weight, delta_proj_weight, out_proj_weight, A = tensors
+    check_shape("delta_proj_weight", delta_proj_weight, (None, None), "(D, R)")
+    channels, rank = delta_proj_weight.shape
+    check_shape("xz", xz, (None, 2 * channels, None), "(B, 2D, L)")
+    if isinstance(conv1d_weight, Tensor) and conv1d_weight.dim() == 3:
+        check_shape("conv1d_weight", conv1d_weight, (channels, 1, None), "(D, 1, W)")
+    else:
+        check_shape("conv1d_weight", conv1d_weight, (channels, None), "(D, 1, W) or (D, W)")
+    check_shape("A", A, (channels, None), "(D, N)")
+    check_shape("x_proj_weight", x_proj_weight, (None, channels), "(R + 2GN, D)")
+    check_shape("out_proj_weight", out_proj_weight, (None, channels), "(out, D)")
+    rows = A.shape[1] * (2 if A.is_complex() else 1)
+    projected = projects_B + projects_C
+    left = x_proj_weight.shape[0] - rank
+    if left < 0 or (projected and (left == 0 or left % (projected * rows))) or (not projected and left):
+        raise ValueError(f"x_proj_weight has {x_proj_weight.shape[0]} rows; accepted: R = {rank} and a multiple of "
+                         f"{rows} for each of B and C that is None")
+    return rank, rows, left // projected if projected else 0
+
+
+def _project(weight: Tensor, rows: Tensor) -> Tensor:
+    """weight (out, in) times rows (B, in, L), time adjacent in both: (B, out, L)."""
+    return _uncopied(weight) @ rows
+
+
+def _uncopied(weight: Tensor) -> Tensor:
+    """A weight that matmul takes batch by batch where it learns nothing: for one that does it copies the other side."""
+    return weight if torch.is_grad_enabled() else weight.detach()
+
+
+def _norm_rows(rows: Tensor, weight: Tensor, eps: float, backend: str | None) -> Tensor:
+    """RMSNorm over the rows of (B, rows, L)."""
+    return rmsnorm_fn(rows.transpose(1, 2), weight, None, eps=eps, backend=backend).transpose(1, 2)

@@ -30,6 +30,7 @@ from shedder.ops.conv1d import causal_conv1d_fn
 from shedder.ops.gated_norm import rmsnorm_fn
 from shedder.ops.group_map import GroupMap, as_group_map, check_group_map
 from shedder.ops.register import register
+from shedder.ops.whole import take_whole
 
 MAX_HEADDIM = 256
 
@@ -101,6 +102,12 @@ def mamba_chunk_scan_combined(
     Raises:
         ValueError: naming the argument, what came, and what is accepted.
     """
+    if seq_idx is None and cu_seqlens is None and not return_varlen_states and state_dtype is None:
+        taken = take_whole("mamba_chunk_scan_combined", x, backend, lambda: (
+            x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, dt_softplus, *dt_limit, return_final_states,
+            as_group_map("head_to_group", head_to_group, x.shape[2], B.shape[2], x.device, "heads")))
+        if taken is not None:
+            return taken if return_final_states else taken[0]
     check_shape("x", x, (None, None, None, None), "(B, L, H, P)")
     batch, length, heads, headdim = x.shape
     check_size("chunk_size", chunk_size, 1, 1 << 20)
@@ -213,6 +220,18 @@ def mamba_split_conv1d_scan_combined(
     Raises:
         ValueError: naming the argument, what came, and what is accepted.
     """
+    if seq_idx is None and state_dtype is None:
+        taken = take_whole("mamba_split_conv1d_scan_combined", zxbcdt, backend, lambda: (
+            zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial_states, *dt_limit,
+            return_final_states, check_activation(activation), rmsnorm_weight, rmsnorm_eps, headdim, ngroups,
+            norm_before_gate, as_group_map("head_to_group", head_to_group, D.shape[0], ngroups, D.device, "heads"),
+            dstate, None if norm_segments is None else [size for size, _ in norm_segments],
+            None if norm_segments is None else [eps for _, eps in norm_segments], row_padding))
+        if taken is not None:
+            out, final_states = taken
+            if outproj_weight is not None:
+                out = F.linear(out, outproj_weight, outproj_bias)
+            return (out, final_states) if return_final_states else out
     check_shape("zxbcdt", zxbcdt, (None, None, None), "(B, L, d_in_proj)")
     if not isinstance(D, Tensor) or D.dim() not in (1, 2):
         raise ValueError(f"D has shape {tuple(getattr(D, 'shape', ()))}; accepted: (H,) with headdim, or (H, P)")

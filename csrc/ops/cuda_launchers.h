@@ -1,0 +1,37 @@
+// The launchers of the ops, for calls that go through several of them: each checks its tensors and throws before it
+// launches anything.
+
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "ops/cuda_common.h"
+
+namespace shedder {
+
+void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const Tensor &B, const Tensor &C,
+                    const std::optional<Tensor> &D, const std::optional<Tensor> &z,
+                    const std::optional<Tensor> &delta_bias, bool delta_softplus,
+                    const std::optional<Tensor> &initial_state, const std::optional<Tensor> &channel_to_group,
+                    const std::optional<Tensor> &seq_idx, Tensor y, std::optional<Tensor> final_state);
+
+void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
+         const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
+         bool dt_softplus, double dt_min, double dt_max, const Tensor &head_to_group,
+         const std::optional<Tensor> &initial_states, const std::optional<Tensor> &runs, Tensor y,
+         Tensor final_states, int64_t heads_per_cta, int64_t segments);
+
+void causal_conv1d(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, bool silu,
+                   const std::optional<Tensor> &initial_states, const std::optional<Tensor> &seq_idx, Tensor y,
+                   Tensor final_states);
+
+void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weight, const std::optional<Tensor> &bias,
+                          bool silu, const std::optional<Tensor> &cache_seqlens,
+                          const std::optional<Tensor> &conv_state_indices, Tensor y);
+
+void gated_rmsnorm(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias,
+                   const std::optional<Tensor> &z, std::vector<int64_t> segments, std::vector<double> eps,
+                   bool norm_before_gate, Tensor y);
+
+}  // namespace shedder

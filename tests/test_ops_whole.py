@@ -1,0 +1,192 @@
+"""Calls on a GPU that one native op takes whole: the same bits as the long way, and the same errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_ops_errors
+import torch
+from torch import Tensor
+
+from shedder import ops
+from shedder.ops import cuda, whole
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(cuda.available() is not None, reason=f"no CUDA backend: {cuda.available()}"),
+]
+HALF = torch.bfloat16
+
+
+def rand(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def wide(*shape: int) -> Tensor:
+    return rand(*shape, dtype=torch.float32)
+
+
+def scan(length: int = 63, **changes: Any) -> Any:
+    return ops.selective_scan_fn(**{
+        "u": rand(2, 70, length), "delta": rand(2, 70, length), "A": -wide(70, 5).abs(), "B": rand(2, 5, length),
+        "C": rand(2, 5, length), "D": wide(70), "z": rand(2, 70, length), "delta_bias": wide(70),
+        "delta_softplus": True} | changes)
+
+
+def ssd(length: int = 130, **changes: Any) -> Any:
+    return ops.mamba_chunk_scan_combined(**{
+        "x": rand(2, length, 5, 24), "dt": rand(2, length, 5), "A": -wide(5).abs(), "B": rand(2, length, 2, 20),
+        "C": rand(2, length, 2, 20), "chunk_size": 64, "D": wide(5), "dt_bias": wide(5), "dt_softplus": True,
+        "head_to_group": (0, 0, 0, 1, 1)} | changes)
+
+
+def mixer(**changes: Any) -> Any:
+    inner, conv = 5 * 24, 5 * 24 + 2 * 2 * 20
+    return ops.mamba_split_conv1d_scan_combined(**{
+        "zxbcdt": rand(2, 70, inner + conv + 5 + 3), "conv1d_weight": rand(conv, 4), "conv1d_bias": rand(conv),
+        "dt_bias": wide(5), "A": -wide(5).abs(), "D": wide(5), "chunk_size": 64, "rmsnorm_weight": rand(inner),
+        "headdim": 24, "ngroups": 2, "norm_before_gate": False, "head_to_group": (0, 0, 0, 1, 1),
+        "norm_segments": [(72, 1e-5), (48, 1e-3)], "row_padding": 3} | changes)
+
+
+def conv(**changes: Any) -> Any:
+    return ops.causal_conv1d_fn(**{"x": rand(2, 70, 33), "weight": rand(70, 4), "bias": rand(70),
+                                   "activation": "silu"} | changes)
+
+
+def conv_step(**changes: Any) -> Any:
+    state = rand(3, 70, 4)
+    return ops.causal_conv1d_update(**{"x": rand(3, 70), "conv_state": state, "weight": rand(70, 4),
+                                       "bias": rand(70)} | changes), state
+
+
+def norm(**changes: Any) -> Any:
+    return ops.rmsnorm_fn(**{"x": rand(2, 3, 70), "weight": rand(70), "bias": None, "z": rand(2, 3, 70)} | changes)
+
+
+TAKEN: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (scan, {}), (scan, {"length": 64, "return_last_state": True, "z": None, "D": None}),
+    (scan, {"u": rand(63, 2, 70).permute(1, 2, 0), "initial_state": wide(2, 70, 5), "delta_bias": rand(70)}),
+    (scan, {"B": rand(2, 1, 5, 63), "C": rand(2, 1, 5, 63), "A": -wide(70, 5).abs()}),
+    (ssd, {}), (ssd, {"return_final_states": True, "z": rand(2, 130, 5, 24), "D": wide(5, 24)}),
+    (ssd, {"B": rand(2, 130, 1, 20), "C": rand(2, 130, 1, 20), "head_to_group": None, "dt": wide(2, 130, 5),
+           "initial_states": wide(2, 5, 24, 20), "dt_limit": (0.01, 1.0), "A": -rand(5).abs(), "D": rand(5)}),
+    (mixer, {}), (mixer, {"rmsnorm_weight": None, "norm_segments": None, "return_final_states": True}),
+    (mixer, {"head_to_group": None, "ngroups": 1, "norm_segments": None, "D": wide(5, 24), "headdim": None,
+             "outproj_weight": rand(16, 120), "activation": None, "dstate": 40}),
+    (mixer, {"zxbcdt": rand(2, 80, 328)[:, 3:73], "norm_before_gate": True, "rmsnorm_weight": None,
+             "norm_segments": None}),
+    (conv, {}), (conv, {"x": rand(2, 33, 75)[..., 5:].transpose(1, 2), "return_final_states": True}),
+    (conv, {"seq_idx": torch.arange(33, device="cuda", dtype=torch.int32).div(9, rounding_mode="floor").repeat(2, 1),
+            "initial_states": rand(2, 70, 3), "bias": None}),
+    (conv_step, {}), (conv_step, {"x": rand(3, 70, 5), "activation": "silu"}),
+    (conv_step, {"x": rand(2, 70), "cache_seqlens": torch.tensor([3, 9], device="cuda", dtype=torch.int32),
+                 "conv_state_indices": torch.tensor([2, -1], device="cuda", dtype=torch.int32)}),
+    (norm, {}), (norm, {"z": rand(2, 3, 100)[..., 7:77], "segments": [30, 40], "segment_eps": [1e-5, 1e-2]}),
+    (norm, {"x": rand(70), "z": None, "bias": rand(70), "group_size": 10, "norm_before_gate": False}),
+] if torch.cuda.is_available() else []
+
+
+@pytest.fixture
+def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each native op that was asked took its call."""
+    seen: list[bool] = []
+    original = whole.take_whole
+
+    def spy(*args: Any) -> tuple | None:
+        outputs = original(*args)
+        seen.append(outputs is not None)
+        return outputs
+
+    for module in ("selective_scan", "ssd", "conv1d", "gated_norm"):
+        monkeypatch.setattr(f"shedder.ops.{module}.take_whole", spy)
+    return seen
+
+
+def poison() -> None:
+    """Leave NaN in the memory that the next allocations get."""
+    blocks = [torch.full((n,), torch.nan, device="cuda") for n in (1 << 8, 1 << 12, 1 << 16, 1 << 18, 1 << 20) * 4]
+    del blocks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", range(len(TAKEN)))
+def test_taken_whole_is_the_long_way(index: int, outcomes: list[bool]) -> None:
+    call, changes = TAKEN[index]
+    torch.manual_seed(index)
+    poison()
+    got = call(**changes)
+    assert outcomes == [True]
+    torch.manual_seed(index)
+    want = call(**changes, backend="cuda")
+    got, want = (value if isinstance(value, tuple) else (value,) for value in (got, want))
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("changes", [
+    {"u": rand(2, 70, 63, dtype=torch.float64), "delta": rand(2, 70, 63, dtype=torch.float64),
+     "z": None, "B": rand(2, 5, 63, dtype=torch.float64), "C": rand(2, 5, 63, dtype=torch.float64)},
+    {"A": torch.complex(-wide(70, 5).abs(), wide(70, 5)), "B": rand(2, 5, 126), "C": rand(2, 5, 126)},
+    {"u": rand(2, 70, 0), "delta": rand(2, 70, 0), "z": rand(2, 70, 0), "B": rand(2, 5, 0), "C": rand(2, 5, 0)},
+] if torch.cuda.is_available() else [])
+@torch.no_grad()
+def test_what_is_not_taken_goes_the_long_way(changes: dict[str, Any], outcomes: list[bool]) -> None:
+    assert torch.isfinite(scan(**changes)).all()
+    assert outcomes == [False]
+
+
+def test_nothing_that_learns_is_taken_whole_in_grad_mode(outcomes: list[bool]) -> None:
+    scan()
+    A = (-wide(70, 5).abs()).requires_grad_()
+    scan(A=A).sum().backward()
+    assert A.grad is not None
+    assert outcomes == [True, False]
+
+
+def test_tracers_go_the_long_way(outcomes: list[bool]) -> None:
+    with torch.no_grad():
+        x, weight, bias = rand(2, 2, 70, 33), rand(70, 4), rand(70)
+        mapped = torch.func.vmap(lambda one: conv(x=one, weight=weight, bias=bias))(x)
+        assert not any(outcomes)
+        assert torch.equal(mapped, torch.stack([conv(x=one, weight=weight, bias=bias) for one in x]))
+        outcomes.clear()
+        assert ops.explain("causal_conv1d_fn", rand(2, 70, 33), rand(70, 4))[0].backend == "cuda"
+    assert outcomes
+    assert not any(outcomes)
+
+
+def is_readable_on_a_gpu(change: dict[str, Any]) -> bool:
+    """Not of meta tensors, and not of values in integer tensors, which are trusted on a GPU."""
+    return all(value.is_cpu and (value.is_floating_point() or value.dim() != 1)
+               for value in change.values() if isinstance(value, Tensor)) and "backend" not in change
+
+
+BAD = [(call, change) for call, change, _ in test_ops_errors.BAD if is_readable_on_a_gpu(change)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("call", "change"), BAD, ids=[
+    f"{call.__name__}-{'-'.join(change)}-{i}" for i, (call, change) in enumerate(BAD)])
+def test_bad_argument_on_a_gpu(call: Callable[..., Any], change: dict[str, Any], low: bool,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Low: activations and weights in bf16, which more native ops take."""
+    def moved(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        lowered = low and value.dtype == torch.float32 and name not in ("A", "D", "dt_bias", "delta_bias", "bias")
+        return value.cuda().to(HALF if lowered else value.dtype)
+
+    class OnGpu:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            return lambda **arguments: getattr(ops, name)(**{key: moved(key, v) for key, v in arguments.items()})
+
+    if low and any(isinstance(value, Tensor) and value.dtype == HALF for value in change.values()):
+        pytest.skip("bad only beside fp32")
+    monkeypatch.setattr(test_ops_errors, "ops", OnGpu())
+    with pytest.raises(ValueError, match="accepted"):
+        call(**change)
