@@ -79,6 +79,21 @@ def difference(model: LanguageModel, plan: Plan) -> float:
     return max((got[way] - expected[way]).abs().max().item() for way in expected)
 
 
+FULL_PLANS = {                      # every kind of cut at once, for tests that want one plan
+    "mamba2": Plan("mamba2", {
+        0: LayerPlan(heads=(0, 1, 2, 4), states=((0, 2), (1, 4)), head_channels=((0,), (1,), (2,), (0,), (1,), (2,))),
+        1: LayerPlan(heads=(1,), merge=((0, 2),), mlp=(1,), taps=1, states=((0,), (1,), (2,))),
+        2: LayerPlan(heads=(3,), mlp=(0,)), 3: LayerPlan(ssm=True, heads=(1,), mlp=(0,))}, d_model=(2, 5)),
+    "mamba2-options": Plan("mamba2", {0: LayerPlan(ssm=True, heads=(0,), mlp=(0,)),
+                                      1: LayerPlan(heads=(0,), merge=((1, 3),), states=((1,), (0,), (2,), (3,)))},
+                           d_model=(0,)),
+    "mamba1": Plan("mamba1", {0: LayerPlan(channels=(1, 4), states=((0, 3),), ranks=1), 1: LayerPlan(channels=(2,)),
+                              2: LayerPlan(channels=(0,), states=((1,),) * 3, merge=((0, 2),), taps=1, ranks=1)},
+                   d_model=(7,)),
+    "mamba1-options": Plan("mamba1", {0: LayerPlan(ssm=True, channels=(0,)), 1: LayerPlan(channels=(5,), ranks=2)}),
+}
+
+
 # ---- random plans
 
 def some(rng: random.Random, units: Sequence[int], most: int) -> tuple[int, ...]:

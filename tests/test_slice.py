@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_plans import CONFIGS, MODELS, TOKENS, TOLERANCE, difference, kinds, random_plan
+from random_plans import CONFIGS, FULL_PLANS, MODELS, TOKENS, TOLERANCE, difference, kinds, random_plan
 
 import shedder.prune.slice as slicer
 from shedder.layout import LayoutError, NormSegment, RemovedSSM, ScanLayout, SSDLayout
@@ -65,21 +65,6 @@ def test_compacted_equals_masked_for_5000_plans_of_each_family(family):
         seen.update(kinds(plan, model.config))
         assert difference(model, plan) < TOLERANCE, (seed, plan)
     check_every_cut(family, seen, 50)
-
-
-FULL_PLANS = {                      # every kind of cut at once, for the tests below
-    "mamba2": Plan("mamba2", {
-        0: LayerPlan(heads=(0, 1, 2, 4), states=((0, 2), (1, 4)), head_channels=((0,), (1,), (2,), (0,), (1,), (2,))),
-        1: LayerPlan(heads=(1,), merge=((0, 2),), mlp=(1,), taps=1, states=((0,), (1,), (2,))),
-        2: LayerPlan(heads=(3,), mlp=(0,)), 3: LayerPlan(ssm=True, heads=(1,), mlp=(0,))}, d_model=(2, 5)),
-    "mamba2-options": Plan("mamba2", {0: LayerPlan(ssm=True, heads=(0,), mlp=(0,)),
-                                      1: LayerPlan(heads=(0,), merge=((1, 3),), states=((1,), (0,), (2,), (3,)))},
-                           d_model=(0,)),
-    "mamba1": Plan("mamba1", {0: LayerPlan(channels=(1, 4), states=((0, 3),), ranks=1), 1: LayerPlan(channels=(2,)),
-                              2: LayerPlan(channels=(0,), states=((1,),) * 3, merge=((0, 2),), taps=1, ranks=1)},
-                   d_model=(7,)),
-    "mamba1-options": Plan("mamba1", {0: LayerPlan(ssm=True, channels=(0,)), 1: LayerPlan(channels=(5,), ranks=2)}),
-}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
