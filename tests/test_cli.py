@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import shedder
 from shedder.cli import main
+from shedder.evaluate import perplexity
 from shedder.layout import NormSegment, SSDLayout
 from shedder.nn import LanguageModel, ModelConfig
 from shedder.prune import parameter_count
 
-COMMANDS = ("inspect", "prune", "eval", "generate", "bench", "doctor")
+COMMANDS = ("inspect", "prune", "score", "plan", "eval", "generate", "bench", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,89 @@ def test_prune_by_a_finished_plan(folder, tmp_path, capsys):
     assert shedder.load(tmp_path / "small").config.layers[1].kind == "removed_block"
 
 
+def test_a_report_says_what_was_saved(folder, text, tmp_path, capsys):
+    code, out, _ = run(capsys, "prune", folder, "--text", text, "--budget", "params=0.9", "state=0.8", "--out",
+                       tmp_path / "small", "--report", tmp_path / "report.html", "--heldout", text, "--measure",
+                       "--save-plan", tmp_path / "plan.json", "--sequences", 1, "--length", 64, "--round-to",
+                       "states=2", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "report.csv", "report.html", "report.png",
+                                                                "small"]
+    small = shedder.load(tmp_path / "small")
+    assert facts["figures"]["parameters"][1] == sum(p.numel() for p in small.parameters())
+    assert f"{facts['figures']['parameters'][1]:,}" in (tmp_path / "report.html").read_text()
+    assert {"perplexity", "prefill time", "decode time"} <= set(facts["figures"])
+    assert all(getattr(layout, "dstate", 2) % 2 == 0 for layout in small.config.layers)
+    tokens = torch.tensor(small.tokenizer.encode(Path(text).read_text(encoding="utf-8")))
+    assert facts["figures"]["perplexity"][1] == pytest.approx(perplexity(small, tokens), rel=1e-4)
+    code, out, _ = run(capsys, "plan", folder, tmp_path / "plan.json", "--diff", tmp_path / "plan.json")
+    assert code == 0 and out == "no difference\n"
+
+
+def test_scores_on_disk_solve_another_budget_without_the_model(folder, text, tmp_path, monkeypatch, capsys):
+    scores = tmp_path / "scores.safetensors"
+    code, out, _ = run(capsys, "score", folder, "--text", text, "--method", "taylor1", "--sequences", 1, "--length", 32,
+                       "--out", scores)
+    assert code == 0 and "12 heads" in out
+    monkeypatch.setattr(LanguageModel, "forward", None)
+    sizes = []
+    for share in ("0.95", "0.85"):
+        code, out, err = run(capsys, "prune", folder, "--solve-only", "--score", scores, "--budget", f"params={share}",
+                             "--norm-repair", "exact", "--out", tmp_path / share, "--json")
+        assert code == 0, err
+        sizes.append(json.loads(out)["parameters"])
+    assert sizes[0][1] <= 0.95 * sizes[0][0] and sizes[1][1] <= 0.85 * sizes[1][0]
+
+
+def test_mamba_shedders_files_are_plans(folder, tmp_path, capsys):
+    theirs = tmp_path / "pruning_config.json"
+    theirs.write_text('{"pruned_mamba_block_idx": [2], "pruned_ssm_idx": [0]}')
+    code, out, _ = run(capsys, "plan", folder, theirs)
+    assert code == 0 and "layer   0: remove the SSM" in out and "layer   2: remove the block" in out
+    code, _, err = run(capsys, "prune", folder, "--plan", theirs, "--out", tmp_path / "small")
+    assert code == 0, err
+    assert [layout.kind for layout in shedder.load(tmp_path / "small").config.layers] == ["removed_ssm", "ssd",
+                                                                                          "removed_block"]
+
+
+def test_an_illegal_plan_is_refused_with_every_reason(folder, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"version": 1, "family": "mamba2", "layers": {"1": {"heads": [4]}, "9": {"block": true}}}')
+    code, _, err = run(capsys, "plan", folder, plan)
+    assert code == 1 and "layers.1.heads lists head 4" in err and "layers.9 does not exist" in err
+
+
+def test_what_should_not_happen_is_said_in_a_line_too(folder, monkeypatch, capsys):
+    def fail(*_):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("shedder.cli.state_bytes", fail)
+    code, _, err = run(capsys, "inspect", folder)
+    assert code == 1 and err.count("\n") == 1 and "this should not happen: KeyError: 'surprise'" in err
+    code, _, err = run(capsys, "inspect", folder, "--traceback")
+    assert code == 1 and "Traceback" in err
+
+
+@pytest.mark.parametrize(("error", "code", "words"), [
+    (MemoryError(), 1, "out of memory"), (KeyboardInterrupt(), 130, "interrupted"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory (CUDA"),
+    (RecursionError("too deep"), 1, "this should not happen: RecursionError")])
+def test_every_end_has_its_code(error, code, words, folder, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("shedder.cli.state_bytes", fail)
+    found, _, err = run(capsys, "inspect", folder)
+    assert found == code and words in err and "Traceback" not in err
+
+
+def test_a_closed_pipe_is_no_error(folder):
+    done = subprocess.run(f"{sys.executable} -m shedder inspect {folder} | true; exit ${{PIPESTATUS[0]}}",
+                          shell=True, executable="/bin/bash", capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141) and done.stderr == ""
+
+
 def test_eval_generate_and_bench_agree_with_the_library(folder, text, capsys):
     code, out, _ = run(capsys, "eval", folder, "--text", text, "--length", 64, "--json")
     assert code == 0 and 1 < json.loads(out)["perplexity"] < 400
@@ -110,6 +195,24 @@ def test_doctor_names_every_backend(capsys):
     (["eval", "{folder}", "--text", "no-such-text"], "no-such-text"),
     (["generate", "{folder}", "--prompt", ""], "--prompt is empty"),
     (["bench", "{folder}", "--batch", "0"], "batch is 0"),
+    (["bench", "{folder}", "--compare", "no-such-folder"], "no-such-folder: not a folder"),
+    (["prune", "{folder}", "--out", "x", "--text", "{folder}"], "Is a directory"),
+    (["prune", "{folder}", "--out", "x", "--text", "{folder}/model.safetensors"], "not UTF-8 text"),
+    (["prune", "{folder}", "--out", "x", "--plan", "no-such-plan"], "no-such-plan"),
+    (["prune", "{folder}", "--out", "x", "--plan", "{folder}/model.safetensors"], "model.safetensors: not JSON"),
+    (["prune", "{folder}", "--out", "x", "--plan", "{folder}/config.json"], "config.json: a plan has the fields"),
+    (["prune", "{folder}", "--out", "x", "--text", "{text}", "--report", "x.txt"], "--report is 'x.txt'"),
+    (["prune", "{folder}", "--out", "x", "--text", "{text}", "--heldout", "no-such-text"], "no-such-text"),
+    (["prune", "{folder}", "--out", "x", "--text", "{text}", "--bundle", "half"], "--bundle is 'half'"),
+    (["prune", "{folder}", "--out", "x", "--text", "{text}", "--budget", "params"], "accepted: NAME=VALUE"),
+    (["prune", "{folder}", "--out", "x", "--text", "{text}", "--budget", "params=.9", "params=.8"], "more than once"),
+    (["prune", "{folder}", "--out", "x", "--text", "{text}", "--score", "vibes"], "vibes"),
+    (["prune", "{folder}", "--out", "x", "--solve-only", "--score", "none.safetensors"], "none.safetensors"),
+    (["prune", "{folder}", "--out", "x", "--text", "{text}", "--sequences", "0"], "sequences is 0"),
+    (["score", "{folder}", "--out", "x/y.safetensors", "--text", "{text}", "--method", "magnitude"], "x"),
+    (["eval", "{folder}", "--text", "{text}", "--device", "toaster"], "--device is 'toaster'"),
+    (["eval", "{folder}", "--text", "{text}", "--device", "cuda:99"], "CUDA GPUs here"),
+    (["plan", "{folder}", "no-such-plan"], "no-such-plan"),
 ])
 def test_failures_say_why_in_one_line_and_write_nothing(arguments, words, folder, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
