@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -39,7 +40,7 @@ def _foreign(where: str, cut: LayerPlan, family: str, own: str) -> Iterator[str]
     for name, instead in FOREIGN[family].items():
         value = getattr(cut, name)
         if value:
-            shown = list(value) if isinstance(value, tuple) else value
+            shown = json.dumps(value)
             yield f"{where}.{name} is {shown}; a {family} layer has {own}, use {own}" if instead else (
                 f"{where}.{name} is {shown}; a {family} layer has none, accepted: no {name}")
 
