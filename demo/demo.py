@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import shedder
-from shedder import latency
+from shedder import latency, report
 from shedder.evaluate import perplexity
 from shedder.nn import LanguageModel
 from shedder.prune import masked, parameter_count, prefix, state_bytes
@@ -59,6 +59,9 @@ def main() -> None:
     times = latency.compare(models, prompt=512, tokens=64, rounds=9)
     quality = {name: perplexity(model, heldout, length=512) for name, model in models.items()}
     _print_table(models, times, quality)
+    done = report.collect(f"{folder.name} pruned to {arguments.params:.0%} of its parameters", dense.config, plan,
+                          perplexity=(quality["dense"], quality["compacted"]), latency=list(times.values()))
+    report.write(done, arguments.out / "report.html")
     plot(points, arguments.out / "search.png", _name(device))
     (arguments.out / "report.json").write_text(json.dumps(
         {"device": _name(device), "points": points, "perplexity": quality,
@@ -66,7 +69,7 @@ def main() -> None:
 
     small.save_pretrained(arguments.out / "compacted")
     print(f"5. saved: checkpoint {arguments.out / 'compacted'}, plan {arguments.out / 'plan.json'}, "
-          f"plot {arguments.out / 'search.png'}")
+          f"plot {arguments.out / 'search.png'}, report {arguments.out / 'report.html'}")
 
     print("6. what they write")
     reloaded = shedder.load(arguments.out / "compacted", device=device)
