@@ -29,7 +29,7 @@ from shedder.nn import LanguageModel, ModelConfig
 from shedder.text import TOKENIZER_FILES
 from shedder.weight_files import INDEX_SUFFIX, WEIGHTS, Declared, WeightFiles, is_plain_name, open_weights, read_json
 
-__all__ = ["CheckpointError", "expected_tensors", "load", "save_pretrained"]
+__all__ = ["CheckpointError", "check_target", "expected_tensors", "load", "save_pretrained"]
 
 FORMAT, VERSION = "shedder", 2
 CONFIG = "config.json"
@@ -260,7 +260,7 @@ def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_bytes
         raise CheckpointError(f"plan or provenance does not fit into JSON ({error})") from error
     before = _identity(folder)
     try:
-        _check_target(folder)
+        check_target(folder)
         with replacement(folder) as new:
             _write(model, new, tensors, shards, config)
             if folder.is_dir():
@@ -326,8 +326,8 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _check_target(folder: Path) -> None:
-    """Only an empty folder or an older checkpoint may be replaced."""
+def check_target(folder: Path) -> None:
+    """Raises CheckpointError unless the folder is new, empty, or a shedder checkpoint that may be replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"{folder}: exists and is not a folder; nothing was written")
     if folder.is_dir() and any(folder.iterdir()):

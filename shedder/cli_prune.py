@@ -12,6 +12,7 @@ import torch
 
 import shedder
 from shedder import latency, report
+from shedder.checkpoint import check_target
 from shedder.evaluate import perplexity
 from shedder.nn import LanguageModel
 from shedder.prune import Plan, Scores, score, search, solve
@@ -40,6 +41,7 @@ def _prune(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out is the folder of the model itself, {out}; give another folder")
     if arguments.report is not None and arguments.report.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--report is {str(arguments.report)!r}; accepted: a file name that ends in .html")
+    check_target(out)                                   # before a search of hours, not after it
     with torchrun() as workers:
         model = load_model(arguments)
         text = None if arguments.text is None else read_text(arguments.text)

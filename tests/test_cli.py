@@ -196,6 +196,8 @@ def test_doctor_names_every_backend(capsys):
     (["generate", "{folder}", "--prompt", ""], "--prompt is empty"),
     (["bench", "{folder}", "--batch", "0"], "batch is 0"),
     (["bench", "{folder}", "--compare", "no-such-folder"], "no-such-folder: not a folder"),
+    (["prune", "{folder}", "--out", "{folder}/..", "--text", "no-such-text"], "not empty and not a shedder checkpoint"),
+    (["prune", "{folder}", "--out", "{text}", "--text", "no-such-text"], "exists and is not a folder"),
     (["prune", "{folder}", "--out", "x", "--text", "{folder}"], "Is a directory"),
     (["prune", "{folder}", "--out", "x", "--text", "{folder}/model.safetensors"], "not UTF-8 text"),
     (["prune", "{folder}", "--out", "x", "--plan", "no-such-plan"], "no-such-plan"),
