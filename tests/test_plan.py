@@ -260,6 +260,8 @@ def test_diff_lists_what_the_other_does_besides_and_what_it_leaves():
         "layer 0: + heads 3", "layer 0: - heads 0-1", "layer 0, group 0: + states 1", "layer 0, group 1: + states 2",
         "layer 0: + merge groups 0-1", "layer 0: taps 1 -> 0", "layer 1: - the SSM", "layer 2: + the block"]
     assert mine.diff(mine) == ""
+    everywhere = Plan("mamba2", {0: LayerPlan(head_channels=((0, 3),) * 6)})
+    assert Plan("mamba2").diff(everywhere) == "layer 0, each head: + head channels 0 3"
 
 
 def test_override_replaces_layers_and_none_leaves_them_whole():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from shedder.layout import LayerLayout, RemovedBlock, RemovedSSM, ScanLayout
 from shedder.nn.config import ModelConfig
@@ -51,10 +52,12 @@ def difference(index: int, mine: LayerPlan, other: LayerPlan) -> Iterator[str]:
     for name in LISTS:
         yield from lists_differ(f"layer {index}: {{}} {NAMES[name]}", getattr(mine, name), getattr(other, name))
     for name, outer in LISTS_PER.items():
-        a, b = getattr(mine, name), getattr(other, name)
-        for unit in range(max(len(a), len(b))):
-            yield from lists_differ(f"layer {index}, {outer} {unit}: {{}} {NAMES[name]}",
-                                    a[unit] if unit < len(a) else (), b[unit] if unit < len(b) else ())
+        pairs = list(zip_longest(getattr(mine, name), getattr(other, name), fillvalue=()))
+        if len(pairs) > 1 and len(set(pairs)) == 1:
+            yield from lists_differ(f"layer {index}, each {outer}: {{}} {NAMES[name]}", *pairs[0])
+            continue
+        for unit, (a, b) in enumerate(pairs):
+            yield from lists_differ(f"layer {index}, {outer} {unit}: {{}} {NAMES[name]}", a, b)
     for sign, only in (("+", set(other.merge) - set(mine.merge)), ("-", set(mine.merge) - set(other.merge))):
         for groups in sorted(only):
             yield f"layer {index}: {sign} merge groups {runs(groups)}"
