@@ -43,14 +43,16 @@ def _prune(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--report is {str(arguments.report)!r}; accepted: a file name that ends in .html")
     check_target(out)                                   # before a search of hours, not after it
     with torchrun() as workers:
-        model = load_model(arguments)
+        model = shedder.load(arguments.model, device=device_of(arguments))
+        stored = model.dtype                            # searched in --dtype, saved as it came
+        model.to(dtype=DTYPES[arguments.dtype])
         text = None if arguments.text is None else read_text(arguments.text)
         heldout = None if arguments.heldout is None else read_text(arguments.heldout)
         plan = _plan_of(arguments, model, text)
         if arguments.round_to:
             plan = plan.round_to(model.config, _numbers("--round-to", arguments.round_to, int))
         if workers.is_first:
-            _apply(arguments, model, plan, text, heldout)
+            _apply(arguments, model, plan, text, heldout, stored)
 
 
 def _plan_of(arguments: argparse.Namespace, model: LanguageModel, text: str | None) -> Plan:
@@ -72,17 +74,16 @@ def _plan_of(arguments: argparse.Namespace, model: LanguageModel, text: str | No
 
 
 def _apply(arguments: argparse.Namespace, model: LanguageModel, plan: Plan, text: str | None,
-           heldout: str | None) -> None:
-    """Compacts, saves and reports."""
+           heldout: str | None, stored: torch.dtype) -> None:
+    """Compacts, saves, and reports on what was saved."""
     statistics = None
     if plan.needs_statistics:
         if text is None:
             raise ValueError(f"--text is missing; the plan's norm repair is {plan.norm_repair!r} with repairs "
                              f"{list(plan.repairs)}, fitted on calibration text")
-        statistics = dense_statistics(model, calibration_of(model, text, plan.provenance),
-                                      inputs="out_proj" in plan.repairs)
-    small = shedder.compact(model, plan, statistics)
-    small.save_pretrained(arguments.out)
+        statistics = dense_statistics(model, calibration_of(model, text, plan.provenance), plan.repairs)
+    shedder.compact(model, plan, statistics).to(dtype=stored).save_pretrained(arguments.out)
+    small = load_model(arguments, arguments.out)
     if arguments.save_plan is not None:
         plan.to_json(arguments.save_plan)
     quality = None
@@ -156,13 +157,17 @@ def _run_plan(arguments: argparse.Namespace) -> None:
 
 def load_model(arguments: argparse.Namespace, folder: Path | None = None) -> LanguageModel:
     """The model of the command line, or of another folder, with the dtype and on the device of the command line."""
+    return shedder.load(folder or arguments.model, device=device_of(arguments), dtype=DTYPES[arguments.dtype])
+
+
+def device_of(arguments: argparse.Namespace) -> str:
     device = str(arguments.device)
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise ValueError(f"--device is {device!r}; accepted: cpu, cuda or cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {device!r}; PyTorch sees {torch.cuda.device_count()} CUDA GPUs here")
-    return shedder.load(folder or arguments.model, device=device, dtype=DTYPES[arguments.dtype])
+    return device
 
 
 def read_text(path: str | Path) -> str:

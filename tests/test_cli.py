@@ -118,6 +118,15 @@ def test_scores_on_disk_solve_another_budget_without_the_model(folder, text, tmp
     assert sizes[0][1] <= 0.95 * sizes[0][0] and sizes[1][1] <= 0.85 * sizes[1][0]
 
 
+def test_the_checkpoint_keeps_the_dtype_that_the_model_came_in(folder, tmp_path, capsys):
+    shedder.load(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"version": 1, "family": "mamba2", "layers": {"1": {"heads": [0]}}}')
+    code, _, err = run(capsys, "prune", tmp_path / "bf16", "--plan", plan, "--out", tmp_path / "small")
+    assert code == 0, err
+    assert shedder.load(tmp_path / "small").dtype == torch.bfloat16
+
+
 def test_mamba_shedders_files_are_plans(folder, tmp_path, capsys):
     theirs = tmp_path / "pruning_config.json"
     theirs.write_text('{"pruned_mamba_block_idx": [2], "pruned_ssm_idx": [0]}')
