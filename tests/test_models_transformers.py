@@ -37,7 +37,10 @@ def mamba1(**changes):
 def mamba2(**changes):
     config = {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 12, "num_heads": 8, "head_dim": 8,
               "num_hidden_layers": 3, "chunk_size": 8, **changes}
-    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**config))
+    model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**config))
+    if model.config.n_groups > 1 and not hasattr(model.backbone.layers[0].mixer.norm, "group_size"):
+        pytest.skip(f"transformers {transformers.__version__} takes one norm over all groups")
+    return model
 
 
 def randomise(model):
