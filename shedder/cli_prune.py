@@ -25,7 +25,6 @@ from shedder.prune.scores import METHODS
 from shedder.prune.search import SEARCHES
 from shedder.prune.size import parameter_count, state_bytes
 from shedder.prune.statistics import dense_statistics
-from shedder.prune.words import slow_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -103,8 +102,6 @@ def _apply(arguments: argparse.Namespace, model: LanguageModel, plan: Plan, text
         return
     print(plan.explain(model.config))
     print(report.table(done))
-    for line in slow_shapes(small.config):
-        print(f"note: {line} (--round-to)")
     print(f"saved to {arguments.out}" + "".join(f", {path}" for path in written))
 
 
