@@ -198,8 +198,11 @@ def test_a_repair_without_calibration_is_refused():
     for plan in (Plan("mamba2", {0: HEADS}, "stats"), Plan("mamba2", {0: HEADS}, repairs=("out_proj",))):
         with pytest.raises(PlanError, match="needs calibration text, none was given; accepted: calibration="):
             compact(model, plan)
-    with pytest.raises(PlanError, match="the statistics were taken without inputs"):
+    with pytest.raises(PlanError, match="repairs lists out_proj, the statistics were taken without it"):
         compact(model, Plan("mamba2", {0: HEADS}, repairs=("out_proj",)), dense_statistics(model, CALIBRATION))
+    model = random_model(SCAN)
+    with pytest.raises(PlanError, match="repairs lists x_proj, the statistics were taken without it"):
+        compact(model, Plan("mamba1", {0: CHANNELS}, repairs=("x_proj",)), dense_statistics(model, CALIBRATION))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -210,7 +213,7 @@ def test_the_search_sees_what_ships(name):
     calibration = Calibration(torch.randint(0, 11, (4, 9), generator=torch.Generator().manual_seed(1)))
     before = copy.deepcopy(model.state_dict())
     small = compact(model, plan, calibration)
-    statistics = dense_statistics(model, calibration, inputs=True)
+    statistics = dense_statistics(model, calibration, REPAIRS)
     for index, block in enumerate(model.layers):
         alone = compact_block(block, model.config, index, plan, statistics).state_dict()
         assert alone.keys() == small.layers[index].state_dict().keys()

@@ -49,6 +49,6 @@ def from_mamba_shedder(source: str | os.PathLike[str] | Mapping[str, Any], famil
         for index in indices(key, value):
             if index in layers:
                 raise PlanError(f"{where}: {key} lists layer {index}, whose {layers[index]} goes already")
-            layers[index] = LayerPlan(**{CUTS[key]: True})
+            layers[index] = LayerPlan.from_json({CUTS[key]: True})
     return Plan(family, layers, provenance={"method": "Mamba-Shedder", "order": {
         CUTS[key]: list(value) for key, value in data.items() if key in CUTS and value}})

@@ -26,6 +26,7 @@ from shedder.prune.layer_plan import LayerPlan, PlanError
 from shedder.prune.plan import Plan
 from shedder.prune.statistics import DenseStatistics, LayerStatistics
 
+_NOT_MEASURED = "repairs lists {0}, the statistics were taken without it; accepted: dense_statistics(..., repairs)"
 RIDGE = 1e-4                        # share of the mean square that pulls a refit towards the old weights
 
 
@@ -130,7 +131,8 @@ def _repair_scan(tensors: dict[str, Tensor], plan: Plan, cut: LayerPlan, kept: K
     new_x, new_dt = old_x[:, units], old_dt
     moment = None
     if "x_proj" in plan.repairs:
-        assert layer is not None and layer.x_moment is not None
+        if layer is None or layer.x_moment is None:
+            raise PlanError(_NOT_MEASURED.format("x_proj"))
         moment = _ridged(layer.x_moment[units][:, units])
         lost = (old_x @ layer.x_moment)[:, units] - new_x @ layer.x_moment[units][:, units]
         new_x = new_x + torch.linalg.solve(moment, lost, left=False)
@@ -188,8 +190,7 @@ def refit_out_proj(dense: nn.Module, compacted: nn.Module, index: int, plan: Pla
     assert isinstance(compacted, Block) and statistics is not None
     layer = statistics.layers[index]
     if layer is None or not layer.inputs:
-        raise PlanError("repairs lists out_proj, the statistics were taken without inputs; accepted: "
-                        "dense_statistics(..., inputs=True)")
+        raise PlanError(_NOT_MEASURED.format("out_proj"))
     stays = torch.tensor(rest(dense.norm.weight.numel(), plan.d_model), device=dense.norm.weight.device)
     weight = compacted.mixer.out_proj.weight
     squares = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)

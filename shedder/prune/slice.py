@@ -48,8 +48,7 @@ def compact(model: LanguageModel, plan: Plan, calibration: str | Calibration | D
     if isinstance(calibration, str):
         calibration = calibration_of(model, calibration, plan.provenance)
     if isinstance(calibration, Calibration):
-        calibration = (dense_statistics(model, calibration, inputs="out_proj" in plan.repairs)
-                       if plan.needs_statistics else None)
+        calibration = dense_statistics(model, calibration, plan.repairs) if plan.needs_statistics else None
     outside = {name: parameter.detach() for name, parameter in model.named_parameters()
                if not name.startswith(_LAYERS)}
     tensors = slice_tensors(put_in_outside(outside, config, plan, calibration), MODEL_SECTIONS, _outside_axes(config),

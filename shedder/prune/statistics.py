@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +20,8 @@ class LayerStatistics:
     """Means over all tokens, in float64.
 
     stream (d_model,): squares of the residual stream before the block's norm. gated (d_inner,): squares of what
-    the gated norm reads. gain, like D: the factor of x that comes nearest to y. x_mean (D,) and x_moment (D, D):
-    of what x_proj reads (Mamba-1). inputs: the residual stream itself, per batch.
+    the gated norm reads. gain, like D: the factor of x that comes nearest to y. x_mean (d_inner,) of x behind the
+    convolution, and in Mamba-1 x_moment (D, D), its products. inputs: the residual stream itself, per batch.
     """
 
     stream: Tensor
@@ -40,10 +41,13 @@ class DenseStatistics:
 
 
 @torch.no_grad()
-def dense_statistics(model: LanguageModel, calibration: Calibration, inputs: bool = False) -> DenseStatistics:
-    """One pass over the calibration tokens; inputs=True keeps the residual stream before each block."""
+def dense_statistics(model: LanguageModel, calibration: Calibration, repairs: Sequence[str] = ()) -> DenseStatistics:
+    """One pass over the calibration tokens. What is large is kept only for the repairs that take it.
+
+    "x_proj" takes x_moment, "out_proj" takes inputs: d_model numbers for every token and layer.
+    """
     mixers = {index: mixer for index, mixer in enumerate(model.mixers) if mixer is not None}
-    watches = {index: _Watch(mixer, model.config.family, inputs) for index, mixer in mixers.items()}
+    watches = {index: _Watch(mixer, model.config.family, repairs) for index, mixer in mixers.items()}
     last = _Mean()
     before = {index: mixer.probe for index, mixer in mixers.items()}
     hooks = [model.backbone.norm_f.register_forward_pre_hook(lambda _, args: last.add(_squares(args[0])))]
@@ -93,14 +97,14 @@ class _Watch:
 
     mixer: Mixer
     family: str
-    keep_inputs: bool
+    repairs: Sequence[str]
     means: dict[str, _Mean] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)
     x: Tensor | None = None
 
     def residual(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._add("stream", _squares(args[0]))
-        if self.keep_inputs:
+        if "out_proj" in self.repairs:
             self.inputs.append(args[0].clone())
 
     def probe(self, inner: Probe | None) -> Probe:
@@ -112,8 +116,8 @@ class _Watch:
                 rows = self._rows(value)
                 if name == "x":
                     self.x = rows
-                    if self._feeds_x_proj():
-                        self._add("x_mean", rows)
+                    self._add("x_mean", rows)
+                    if "x_proj" in self.repairs and self._feeds_x_proj():
                         self.means.setdefault("x_moment", _Mean()).add(rows.mT @ rows, len(rows))
                 else:
                     assert self.x is not None

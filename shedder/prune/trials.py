@@ -42,7 +42,7 @@ class Trials:
                  *, prefix_cache: bool = True, workers: Workers | None = None) -> None:
         self.model, self.prefix_cache = model, prefix_cache
         self.plan = Plan(model.config.family, {}, norm_repair, repairs=tuple(repairs))
-        self.statistics = (dense_statistics(model, calibration, inputs="out_proj" in repairs)
+        self.statistics = (dense_statistics(model, calibration, self.plan.repairs)
                            if self.plan.needs_statistics else None)
         self.workers = workers or Workers()
         self.inputs, self.targets = calibration.inputs, calibration.targets
