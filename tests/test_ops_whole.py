@@ -56,6 +56,21 @@ def conv(**changes: Any) -> Any:
                                    "activation": "silu"} | changes)
 
 
+def step(slots: int = 3, **changes: Any) -> Any:
+    state = rand(slots, 70, 16)
+    return ops.selective_state_update(**{
+        "state": state, "x": rand(3, 70), "dt": rand(3, 70), "A": -wide(70, 16).abs(), "B": rand(3, 16),
+        "C": rand(3, 16), "D": wide(70), "z": rand(3, 70), "dt_bias": wide(70), "dt_softplus": True} | changes), state
+
+
+def head_step(**changes: Any) -> Any:
+    state = wide(2, 5, 24, 20)
+    return ops.selective_state_update(**{
+        "state": state, "x": rand(2, 5, 24), "dt": rand(2, 5, 1).expand(2, 5, 24),
+        "A": -wide(5, 1, 1).abs().expand(5, 24, 20), "B": rand(2, 2, 20), "C": rand(2, 2, 20), "D": wide(5, 24),
+        "dt_bias": rand(5, 1).expand(5, 24), "head_to_group": (0, 0, 0, 1, 1)} | changes), state
+
+
 def conv_step(**changes: Any) -> Any:
     state = rand(3, 70, 4)
     return ops.causal_conv1d_update(**{"x": rand(3, 70), "conv_state": state, "weight": rand(70, 4),
@@ -81,6 +96,9 @@ TAKEN: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (conv, {}), (conv, {"x": rand(2, 33, 75)[..., 5:].transpose(1, 2), "return_final_states": True}),
     (conv, {"seq_idx": torch.arange(33, device="cuda", dtype=torch.int32).div(9, rounding_mode="floor").repeat(2, 1),
             "initial_states": rand(2, 70, 3), "bias": None}),
+    (step, {}), (step, {"slots": 9, "state_batch_indices": torch.tensor([7, -1, 2], device="cuda", dtype=torch.int32)}),
+    (step, {"B": rand(3, 2, 16), "C": rand(3, 2, 16), "head_to_group": (0,) * 50 + (1,) * 20, "D": rand(70)}),
+    (head_step, {}), (head_step, {"B": rand(2, 1, 20), "C": rand(2, 1, 20), "head_to_group": None, "D": None}),
     (conv_step, {}), (conv_step, {"x": rand(3, 70, 5), "activation": "silu"}),
     (conv_step, {"x": rand(2, 70), "cache_seqlens": torch.tensor([3, 9], device="cuda", dtype=torch.int32),
                  "conv_state_indices": torch.tensor([2, -1], device="cuda", dtype=torch.int32)}),
@@ -100,7 +118,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         seen.append(outputs is not None)
         return outputs
 
-    for module in ("selective_scan", "ssd", "conv1d", "gated_norm"):
+    for module in ("selective_scan", "ssd", "conv1d", "gated_norm", "state_update"):
         monkeypatch.setattr(f"shedder.ops.{module}.take_whole", spy)
     return seen
 
@@ -139,6 +157,16 @@ def test_what_is_not_taken_goes_the_long_way(changes: dict[str, Any], outcomes: 
     assert outcomes == [False]
 
 
+@torch.no_grad()
+def test_mamba_inner_takes_its_parts_whole(outcomes: list[bool]) -> None:
+    channels, rank, dstate = 70, 5, 16
+    arguments = (rand(2, 2 * channels, 40), rand(channels, 1, 4), rand(channels), rand(rank + 2 * dstate, channels),
+                 torch.nn.Parameter(rand(channels, rank)), rand(30, channels), None, -wide(channels, dstate).abs())
+    whole_result = ops.mamba_inner_fn(*arguments, D=wide(channels), delta_bias=wide(channels))
+    assert outcomes == [True, True]
+    assert whole_result.shape == (2, 40, 30)
+
+
 def test_nothing_that_learns_is_taken_whole_in_grad_mode(outcomes: list[bool]) -> None:
     scan()
     A = (-wide(70, 5).abs()).requires_grad_()
@@ -150,9 +178,9 @@ def test_nothing_that_learns_is_taken_whole_in_grad_mode(outcomes: list[bool]) -
 def test_tracers_go_the_long_way(outcomes: list[bool]) -> None:
     with torch.no_grad():
         x, weight, bias = rand(2, 2, 70, 33), rand(70, 4), rand(70)
-        mapped = torch.func.vmap(lambda one: conv(x=one, weight=weight, bias=bias))(x)
+        mapped = torch.func.vmap(lambda one: ops.causal_conv1d_fn(one, weight, bias))(x)
         assert not any(outcomes)
-        assert torch.equal(mapped, torch.stack([conv(x=one, weight=weight, bias=bias) for one in x]))
+        assert torch.equal(mapped, torch.stack([ops.causal_conv1d_fn(one, weight, bias) for one in x]))
         outcomes.clear()
         assert ops.explain("causal_conv1d_fn", rand(2, 70, 33), rand(70, 4))[0].backend == "cuda"
     assert outcomes

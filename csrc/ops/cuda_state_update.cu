@@ -2,6 +2,7 @@
 
 #include "kernels/state_update.cuh"
 #include "ops/cuda_arguments.h"
+#include "ops/cuda_launchers.h"
 
 namespace shedder {
 namespace {
@@ -30,6 +31,8 @@ void launch_step(StateUpdateParams &p, bool tied, cudaStream_t stream) {
     else
         state_update_step<Input, State, kWidth, kRows, false><<<blocks, kStepThreads, 0, stream>>>(p);
 }
+
+}  // namespace
 
 void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
                   const MaybeTensor &D, const MaybeTensor &z, const MaybeTensor &dt_bias, bool dt_softplus,
@@ -141,7 +144,6 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
     check_launch(kStepOp);
 }
 
-}  // namespace
 }  // namespace shedder
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {

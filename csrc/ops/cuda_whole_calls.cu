@@ -201,6 +201,20 @@ Outputs mamba_split_conv1d_scan_combined(const Tensor &zxbcdt, const Tensor &con
     });
 }
 
+Outputs selective_state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B,
+                               const Tensor &C, const MaybeTensor &D, const MaybeTensor &z, const MaybeTensor &dt_bias,
+                               bool dt_softplus, const MaybeTensor &head_to_group,
+                               const MaybeTensor &state_batch_indices) {
+    return unless_refused([&]() -> Outputs {
+        require((state.dim() == 3 || state.dim() == 4) && x.dim() >= 2 && x.numel() > 0 && B.dim() >= 2);
+        require(state_batch_indices || state.size(0) == x.size(0));
+        require(state.dim() == 3 || state.size(1) > 1 || B.dim() == 2 || B.size(1) == 1);   // a map of the one head
+        const Tensor y = empty(x, x.scalar_type(), x.sizes());
+        state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, head_to_group, state_batch_indices, y);
+        return {y, std::nullopt};
+    });
+}
+
 Outputs causal_conv1d_fn(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, const MaybeTensor &seq_idx,
                          const MaybeTensor &initial_states, bool return_final_states, bool silu) {
     return unless_refused([&]() -> Outputs {
@@ -260,6 +274,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shedder_calls, m) {
           "bool return_final_states, bool silu, Tensor? norm_weight, float norm_eps, int? headdim, int groups, "
           "bool norm_before_gate, Tensor head_to_group, int? dstate, int[]? segments, float[]? segment_eps, "
           "int row_padding) -> (Tensor?, Tensor?)");
+    m.def("selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+          "Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? head_to_group, Tensor? state_batch_indices) "
+          "-> (Tensor?, Tensor?)");
     m.def("causal_conv1d_fn(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, "
           "bool return_final_states, bool silu) -> (Tensor?, Tensor?)");
     m.def("causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, "
@@ -272,6 +289,7 @@ STABLE_TORCH_LIBRARY_IMPL(shedder_calls, CUDA, m) {
     m.impl("selective_scan_fn", TORCH_BOX(&shedder::calls::selective_scan_fn));
     m.impl("mamba_chunk_scan_combined", TORCH_BOX(&shedder::calls::mamba_chunk_scan_combined));
     m.impl("mamba_split_conv1d_scan_combined", TORCH_BOX(&shedder::calls::mamba_split_conv1d_scan_combined));
+    m.impl("selective_state_update", TORCH_BOX(&shedder::calls::selective_state_update));
     m.impl("causal_conv1d_fn", TORCH_BOX(&shedder::calls::causal_conv1d_fn));
     m.impl("causal_conv1d_update", TORCH_BOX(&shedder::calls::causal_conv1d_update));
     m.impl("rmsnorm_fn", TORCH_BOX(&shedder::calls::rmsnorm_fn));

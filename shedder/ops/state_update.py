@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shedder.ops.backend import Facts, choose, decide
+from shedder.ops.backend import Facts
 from shedder.ops.checks import (
     FLOATS,
     INTEGERS,
@@ -24,20 +23,15 @@ from shedder.ops.checks import (
 from shedder.ops.conv1d import check_slots
 from shedder.ops.group_map import GroupMap, as_group_map, check_group_map
 from shedder.ops.register import register
-from shedder.ops.tracing import is_traced
+from shedder.ops.whole import take_whole
 
 
 def _facts(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
            dt_bias: Tensor | None, dt_softplus: bool, head_to_group: Tensor,
            state_batch_indices: Tensor | None) -> Facts:
     batch, heads, headdim = x.shape
-    return _step_facts(x, batch, heads, headdim, B.shape[2], B.shape[1], state, dt, state_batch_indices)
-
-
-def _step_facts(x: Tensor, batch: int, heads: int, headdim: int, dstate: int, groups: int, state: Tensor, dt: Tensor,
-                state_batch_indices: Tensor | None) -> Facts:
     return (("device", x.device.type), ("dtype", x.dtype), ("batch", batch), ("length", 1), ("heads", heads),
-            ("headdim", headdim), ("dstate", dstate), ("groups", groups), ("slots", state.shape[0]),
+            ("headdim", headdim), ("dstate", B.shape[2]), ("groups", B.shape[1]), ("slots", state.shape[0]),
             ("state_dtype", state.dtype), ("dt_dtype", dt.dtype), ("indexed", state_batch_indices is not None))
 
 
@@ -78,19 +72,20 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
     Raises:
         ValueError: naming the argument, what came, and what is accepted.
     """
-    tensors = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
-    groups, mapped, launch = _check_and_decide(tensors, backend)
+    taken = take_whole(
+        "selective_state_update", state, backend,
+        lambda: (state, x, dt, parameter(A, x), B, C, parameter(D, x), z, parameter(dt_bias, x), dt_softplus,
+                 _map_if_needed(head_to_group, state, B), state_batch_indices),
+        lambda: (("batch", x.shape[0]), ("heads", 1 if state.dim() == 3 else state.shape[1]),
+                 ("dstate", state.shape[-1]), ("state_dtype", state.dtype)))
+    if taken is not None:
+        return taken[0]
+    groups, mapped = _check((state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices))
     if state_batch_indices is not None and state_batch_indices.dtype != torch.int32:
         state_batch_indices = state_batch_indices.to(torch.int32)
     A, D, dt_bias = parameter(A, x), parameter(D, x), parameter(dt_bias, x)
     is_single_head = state.dim() == 3
     unit = "channels" if is_single_head else "heads"
-    # A step is short: where no gradient and no tracer wait in the dispatcher, skip its 10 us.
-    if launch is not None and type(state) is Tensor and not torch.is_grad_enabled():
-        needed = None if groups == 1 and head_to_group is None else as_group_map(
-            "head_to_group", head_to_group, mapped, groups, x.device, unit)
-        return launch(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, needed, state_batch_indices)
-
     B, C = (M.unsqueeze(1) if M.dim() == 2 else M for M in (B, C))
     group_map = as_group_map("head_to_group", head_to_group, mapped, groups, x.device, unit)
     if is_single_head:
@@ -104,10 +99,17 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
                          backend or "auto")
 
 
+def _map_if_needed(head_to_group: GroupMap, state: Tensor, B: Tensor) -> Tensor | None:
+    """The map for the native op, which needs none for one group."""
+    groups = 1 if B.dim() == 2 else B.shape[1]
+    if groups == 1 and head_to_group is None:
+        return None
+    return as_group_map("head_to_group", head_to_group, state.shape[1], groups, state.device, "heads")
+
+
 @OncePerLook
-def _check_and_decide(tensors: tuple[Any, ...],
-                      backend: str | None) -> tuple[int, int, Callable[..., Tensor] | None]:
-    """G, the number of heads [channels] that a map numbers, and the function that takes these tensors as they are."""
+def _check(tensors: tuple[Any, ...]) -> tuple[int, int]:
+    """G, and the number of heads [channels] that a map numbers."""
     state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices = tensors
     if not isinstance(state, Tensor) or state.dim() not in (3, 4):
         raise ValueError(f"state has shape {tuple(getattr(state, 'shape', ()))}; accepted: (B or slots, D, N) or "
@@ -143,13 +145,7 @@ def _check_and_decide(tensors: tuple[Any, ...],
             raise ValueError(f"{name} is {own.dtype} but x is {x.dtype}; accepted: the dtype of x")
     check_same_device("state", state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
                       state_batch_indices=state_batch_indices)
-    if is_traced() or (units[0] == 1 and groups > 1) or B.dim() != C.dim():
-        return groups, units[0], None
-    heads, headdim = (1, units[0]) if is_single_head else units
-    facts = _step_facts(x, batch, heads, headdim, dstate, groups, state, dt, state_batch_indices)
-    takes = backend or "auto"
-    direct = decide("state_update", takes, facts).backend == "cuda"
-    return groups, units[0], choose("state_update", takes, facts) if direct else None
+    return groups, units[0]
 
 
 def _as_head(tensor: Tensor | None, dim: int) -> Tensor | None:

@@ -13,29 +13,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shedder.ops.backend import refusal
+from shedder.ops.backend import Facts, refusal
 from shedder.ops.tracing import is_traced
 
 _PARTS = {                              # the ops whose kernels a native op launches
     "selective_scan_fn": ("selective_scan",),
     "mamba_chunk_scan_combined": ("ssd",),
     "mamba_split_conv1d_scan_combined": ("causal_conv1d", "ssd", "gated_rmsnorm"),
+    "selective_state_update": ("state_update",),
     "causal_conv1d_fn": ("causal_conv1d",),
     "causal_conv1d_update": ("causal_conv1d_update",),
     "rmsnorm_fn": ("gated_rmsnorm",),
 }
+_WITHOUT_GRADIENT = ("selective_state_update", "causal_conv1d_update")
 
 
-def take_whole(function: str, first: Tensor, backend: str | None, arguments: Callable[[], tuple]) -> tuple | None:
-    """What the native op returns for `arguments()`, of which `first` decides the device; None: go the long way."""
+def take_whole(function: str, first: Tensor, backend: str | None, arguments: Callable[[], tuple],
+               facts: Callable[[], Facts] = tuple) -> tuple | None:
+    """What the native op returns for `arguments()`, of which `first` decides the device; None: go the long way.
+
+    facts: those on which another backend may be preferred to the CUDA one.
+    """
     if type(first) is not Tensor or not first.is_cuda or backend not in (None, "auto") or is_traced():
         return None
-    op = _op(function)
-    if op is None:
-        return None
     try:
+        op = _op(function, facts())
+        if op is None:
+            return None
         given = arguments()
-        if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given):
+        if torch.is_grad_enabled() and function not in _WITHOUT_GRADIENT and any(
+                isinstance(one, Tensor) and one.requires_grad for one in given):
             return None
         outputs = op(*given)
     except Exception:                   # arguments of which no tuple can be made, or not the one of the op's schema
@@ -43,9 +50,9 @@ def take_whole(function: str, first: Tensor, backend: str | None, arguments: Cal
     return None if outputs[0] is None else outputs
 
 
-@functools.cache
-def _op(function: str) -> Callable[..., tuple] | None:
-    if any(refusal("cuda", part, {}) for part in _PARTS[function]):
+@functools.lru_cache(maxsize=8192)
+def _op(function: str, facts: Facts) -> Callable[..., tuple] | None:
+    if any(refusal("cuda", part, dict(facts)) for part in _PARTS[function]):
         return None
     op = getattr(torch.ops.shedder_calls, function, None)
     return None if op is None else op.default
