@@ -240,6 +240,13 @@ def _removed_inputs(w: Workload, draw: Draw) -> Inputs:
             "norm_weight": draw.normal(inner, scale=0.1).add_(1)}
 
 
+def _removed_ours(t: Inputs, backend: str | None) -> Outputs:
+    from shedder.ops import removed_ssm
+    z, x = t["zx"].chunk(2, dim=-1)
+    return (removed_ssm(x, z, t["conv_weight"], t["conv_bias"], t["D"], t["norm_weight"],
+                        norm_segments=[(x.shape[-1], EPS)], norm_before_gate=False, backend=backend),)
+
+
 def _removed_reference(t: Inputs) -> Outputs:
     zx, weight, bias, D, norm_weight = _double(t, "zx", "conv_weight", "conv_bias", "D", "norm_weight")
     z, x = zx.chunk(2, dim=-1)
@@ -378,7 +385,7 @@ OPS: dict[str, Op] = {
     "mamba1_inner": Op(_mamba1_inputs, _mamba1_ours, _mamba1_peer, _mamba1_reference),
     "ssd": Op(_ssd_inputs, _ssd_ours, _ssd_peer, _ssd_reference),
     "mamba2_inner": Op(_mamba2_inputs, _mamba2_ours, _mamba2_peer, _mamba2_reference),
-    "removed_ssm": Op(_removed_inputs, None, None, _removed_reference),
+    "removed_ssm": Op(_removed_inputs, _removed_ours, None, _removed_reference),
     "conv1d": Op(_conv_inputs, _conv_ours, _conv_peer, _conv_reference, "causal_conv1d"),
     "conv1d_update": Op(_conv_update_inputs, _conv_update_ours, _conv_update_peer, _conv_update_reference,
                         "causal_conv1d", "step"),

@@ -281,3 +281,23 @@ def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None = None, z: Tens
     if bias is not None:
         y = y + bias.to(real)
     return y * gate if gate is not None and norm_before_gate else y
+
+
+def removed_ssm(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None, D: Tensor | None = None,
+                norm_weight: Tensor | None = None, *, segments: Sequence[int] = (), eps: Sequence[float] = (),
+                norm_before_gate: bool = False, initial_states: Tensor | None = None) -> Tensor:
+    """What is left of a Mamba layer without its state-space part.
+
+        u = D silu(conv(x))     norm(u silu(z)), or norm(u) silu(z) with norm_before_gate, or u silu(z) without a norm
+
+    Args:
+        x, z: (B, L, C). weight: (C, W). bias, norm_weight: (C,). D: (H, P) with HP = C.
+        initial_states: (B, C, W-1), the inputs before the first token. segments, eps: of the norm, see gated_rmsnorm.
+    """
+    u, _ = causal_conv1d(x.transpose(1, 2), weight, bias, "silu", initial_states=initial_states)
+    u = u.transpose(1, 2)
+    if D is not None:
+        u = u * D.to(u.dtype).reshape(-1)
+    if norm_weight is None:
+        return u * F.silu(z.to(u.dtype))
+    return gated_rmsnorm(u, norm_weight, None, z, segments=segments, eps=eps, norm_before_gate=norm_before_gate)

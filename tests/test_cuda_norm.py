@@ -19,7 +19,7 @@ pytestmark = needs_gpu
     {"rows": (2, 3), "segments": [61, 7, 200], "gated": True, "bias": False},
     {"rows": (700,), "segments": [1301, 1302, 1302], "gated": True, "bias": False},
     {"rows": (63,), "segments": [4096], "gated": True, "bias": False},
-    {"rows": (3,), "segments": [4095], "gated": True, "bias": True},
+    {"rows": (3,), "segments": [4093], "gated": True, "bias": True},
     {"rows": (41,), "segments": [2999, 1], "gated": True, "bias": True},
     {"rows": (5,), "segments": [1], "gated": True, "bias": False},
     {"rows": (9,), "segments": [8] * 100 + [1, 2, 3] * 5, "gated": True, "bias": True},
@@ -30,7 +30,7 @@ def test_matches_the_definition(dtype, norm_before_gate, case):
     cases.check_gated_rmsnorm("cuda", dtype, norm_before_gate=norm_before_gate, **case)
 
 
-@pytest.mark.parametrize("segments", [[8192], [5000, 3192]])
+@pytest.mark.parametrize("segments", [[8192], [8185], [5056, 3136]])
 def test_the_widest_rows(segments):
     cases.check_gated_rmsnorm("cuda", BF16, rows=(300,), segments=segments, gated=True, norm_before_gate=False,
                               bias=False)
@@ -58,6 +58,8 @@ def test_columns_that_are_not_adjacent():
 def test_what_does_not_fit_is_refused_by_name():
     assert "width 8200" in cuda.supports("gated_rmsnorm", dtype=BF16, width=8200)
     assert "segments" in cuda.supports("gated_rmsnorm", dtype=BF16, width=400, segments=(1,) * 400)
+    assert "width 8186" in cuda.supports("gated_rmsnorm", dtype=BF16, width=8186, segments=(8186,))
+    assert "2 segments" in cuda.supports("gated_rmsnorm", dtype=BF16, width=8192, segments=(5000, 3192))
     x = torch.randn(2, 8200, device="cuda", dtype=BF16)
     with pytest.raises(RuntimeError, match="8200"):
         cuda.gated_rmsnorm(x, x[0], None, None, [8200], [1e-5], True)

@@ -42,6 +42,8 @@ CASES = {
                                            None, None, "auto"),
     "causal_conv1d_update": lambda: (rand(2, 3, 1, grad=False), rand(4, 3, 4, grad=False), rand(3, 4, grad=False), None,
                                      True, None, torch.tensor([3, -1], dtype=torch.int32), "auto"),
+    "removed_ssm": lambda: (rand(2, 6, 12), rand(2, 6, 12), rand(12, 4), rand(12), rand(3, 4), rand(12), [4, 8],
+                            [1e-5, 1e-2], False, rand(2, 12, 3), "reference"),
     "gated_rmsnorm": lambda: (rand(2, 3, 7), rand(7), rand(7), rand(2, 3, 7), [3, 4], [1e-5, 1e-2], False, "reference"),
 }
 

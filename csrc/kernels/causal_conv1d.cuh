@@ -2,13 +2,14 @@
 //
 //   y[c,t] = act(bias[c] + sum_w weight[c,w] x[c, t - (W-1) + w])
 //
-// causal_conv1d_channels: channels adjacent in memory. A lane owns four channels and walks along time with the last three
-//   inputs in registers, so that x is read once. (Eight channels would be 16 bytes of bf16, but taps and history take
-//   166 registers then, and occupancy costs more than the wider access gains.)
-// causal_conv1d_time: time adjacent in memory. A lane owns kVectors times 16 bytes of time; the three inputs before them
-//   come from its neighbour.
+// causal_conv1d_channels: channels adjacent in memory. A lane owns four channels and walks along time. What the inputs so
+//   far add to the next three outputs is carried in registers, so that each input is converted and multiplied once:
+//       y_t = w3 x_t + a0        a0 = w2 x_t + a1        a1 = w1 x_t + a2        a2 = w0 x_t + bias
+//   Rows of odd pitch: a lane owns every 32nd channel and moves each by itself.
+// causal_conv1d_time: time adjacent in memory. A lane owns 16 bytes of time on the grid of the row; the three inputs before
+//   them come from its neighbour.
 // causal_conv1d_any: any strides, one thread for each channel.
-// Bound: bytes of x and y. Rows that start off the grid are shifted in registers (row_vectors.cuh).
+// Bound: bytes of x and y.
 
 #pragma once
 
@@ -30,8 +31,7 @@ struct CausalConv1dParams {
     int64_t weight_channel_stride, weight_tap_stride, bias_stride, seq_idx_batch_stride, seq_idx_time_stride;
     int64_t batch;
     int channels, length;
-    const void *x_end;                                       // beyond the last element of x
-    int width, steps;                                        // steps: tokens that one thread walks over
+    int width, steps;                                        // steps: tokens that one thread or warp walks over
     bool silu;
 };
 
@@ -39,47 +39,53 @@ constexpr int kConvThreads = 128;
 constexpr int kMaxWidth = 4;
 constexpr int kHistory = kMaxWidth - 1;                      // inputs t-3, t-2, t-1
 constexpr int kLaneChannels = 4;                             // of causal_conv1d_channels
-constexpr int kConvVectors = 4;                              // of causal_conv1d_time: 64 bytes in flight for each lane
+constexpr int kTileChannels = 32 * kLaneChannels;
+constexpr int kConvVectors = 2;                              // of causal_conv1d_time: in flight for each lane
 
-// The taps of kCount channels from c on, the newest last (a narrower filter leaves the first ones 0), and their biases.
-template <int kCount>
-__device__ inline void load_conv_taps(const CausalConv1dParams &p, int64_t c, float (&taps)[kMaxWidth][kCount],
+// The taps of kCount channels, the newest last, and their biases. A narrower filter leaves the first taps 0; channels that
+// do not exist read the last one. kFull: width 4, and the four taps of a channel are one aligned load.
+template <bool kFull, int kCount, typename Channel>
+__device__ inline void load_conv_taps(const CausalConv1dParams &p, Channel channel, float (&taps)[kMaxWidth][kCount],
                                       float (&bias)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        bias[i] = 0.f;
-#pragma unroll
-        for (int k = 0; k < kMaxWidth; ++k) taps[k][i] = 0.f;
-    }
-    const int absent = kMaxWidth - p.width;
     p.weight.visit([&](auto *weight) {
-        weight += c * p.weight_channel_stride - absent * p.weight_tap_stride;
+        using W = std::remove_const_t<std::remove_pointer_t<decltype(weight)>>;
+        Packed<W, kMaxWidth> all[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int c = min(channel(i), p.channels - 1);
+            if constexpr (kFull) {
+                all[i].word = *reinterpret_cast<const typename Packed<W, kMaxWidth>::Word *>(weight + int64_t{c} * kMaxWidth);
+            } else {
+#pragma unroll
+                for (int k = 0; k < kMaxWidth; ++k) {
+                    const int own = k - (kMaxWidth - p.width);
+                    if (own >= 0) all[i].at[k] = weight[c * p.weight_channel_stride + own * p.weight_tap_stride];
+                }
+            }
+        }
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-            for (int k = 0; k < kMaxWidth; ++k)
-                if (k >= absent && c + i < p.channels)
-                    taps[k][i] = to_float(weight[i * p.weight_channel_stride + k * p.weight_tap_stride]);
+            for (int k = 0; k < kMaxWidth; ++k) taps[k][i] = to_float(all[i].at[k]);
         }
     });
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) bias[i] = 0.f;
     p.bias.visit([&](auto *from) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i)
-            if (c + i < p.channels) bias[i] = to_float(from[(c + i) * p.bias_stride]);
+        for (int i = 0; i < kCount; ++i) bias[i] = to_float(from[min(channel(i), p.channels - 1) * p.bias_stride]);
     });
 }
 
 // Input t of channel c, which before the row is an initial state or zero.
 template <typename T>
-__device__ inline float conv_input(const CausalConv1dParams &p, int64_t b, int64_t c, int64_t t) {
+__device__ inline T conv_input(const CausalConv1dParams &p, int64_t b, int64_t c, int64_t t) {
     if (t >= 0)
-        return to_float(static_cast<const T *>(p.x)[b * p.x_strides.batch + c * p.x_strides.channel
-                                                    + t * p.x_strides.time]);
+        return static_cast<const T *>(p.x)[b * p.x_strides.batch + c * p.x_strides.channel + t * p.x_strides.time];
     const int64_t k = t + p.width - 1;
-    if (p.initial_states == nullptr || k < 0) return 0.f;
-    return to_float(static_cast<const T *>(p.initial_states)[b * p.initial_strides.batch
-                                                             + c * p.initial_strides.channel
-                                                             + k * p.initial_strides.time]);
+    if (p.initial_states == nullptr || k < 0) return from_float<T>(0.f);
+    return static_cast<const T *>(p.initial_states)[b * p.initial_strides.batch + c * p.initial_strides.channel
+                                                    + k * p.initial_strides.time];
 }
 
 // The sequence of token t; tokens before the row count as its first sequence.
@@ -87,193 +93,268 @@ __device__ inline int conv_sequence(const CausalConv1dParams &p, int64_t b, int6
     return __ldg(p.seq_idx + b * p.seq_idx_batch_stride + max(t, int64_t{0}) * p.seq_idx_time_stride);
 }
 
-// act(bias + taps), where window[k] is the input under tap k and names are the sequences of the four tokens.
-template <bool kPacked>
-__device__ inline float conv_output(const CausalConv1dParams &p, const float (&window)[kMaxWidth],
-                                    const float (&taps)[kMaxWidth], float bias, const int (&names)[kMaxWidth]) {
+// bias + taps, where window[k] is the input under tap k and names are the sequences of the four tokens.
+template <bool kFull, bool kPacked>
+__device__ inline float conv_sum(const CausalConv1dParams &p, const float (&window)[kMaxWidth],
+                                 const float (&taps)[kMaxWidth], float bias, const int (&names)[kMaxWidth]) {
     float y = bias;
 #pragma unroll
     for (int k = 0; k < kMaxWidth; ++k) {
-        bool reaches = k >= kMaxWidth - p.width;
+        bool reaches = kFull || k >= kMaxWidth - p.width;
         if constexpr (kPacked) reaches = reaches && names[k] == names[kHistory];
-        if (reaches) y += taps[k] * window[k];
+        if (reaches) y = fmaf(taps[k], window[k], y);
     }
-    if (p.silu) y = fast_silu(y);
     if constexpr (kPacked)
-        if (names[kHistory] < 0) y = 0.f;
+        if (names[kHistory] < 0) y = 0.f;                    // and silu(0) = 0
     return y;
 }
 
-// The next kUnroll tokens are on their way while these are computed.
-template <typename T, bool kAligned, bool kPacked>
-__global__ void __launch_bounds__(kConvThreads) causal_conv1d_channels(const __grid_constant__ CausalConv1dParams p) {
+// One branch around many values, so that their chains of instructions overlap.
+template <typename T, int kRows, int kCount>
+__device__ inline void conv_activate(const CausalConv1dParams &p, float (&sums)[kRows][kCount]) {
+    if (!p.silu) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sums[r][i] = silu_for<T>(sums[r][i]);
+    }
+}
+
+// Four channels of a lane: neighbours that one access moves, or every 32nd one.
+template <typename T, bool kOnGrid>
+struct LaneChannels {
+    static constexpr int kCount = kLaneChannels;
+    static constexpr int kAccesses = kOnGrid ? 1 : kCount;
+    using Word = std::conditional_t<kOnGrid, typename Packed<T, kCount>::Word,
+                                    std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+    Word words[kAccesses] = {};
+
+    // The distance of channel i of this lane from the first of the warp.
+    static __device__ int place(int i) {
+        const int lane = threadIdx.x % 32;
+        return kOnGrid ? lane * kCount + i : i * 32 + lane;
+    }
+    __device__ T operator[](int i) const { return reinterpret_cast<const T *>(words)[i]; }
+    __device__ void put(int i, T value) { reinterpret_cast<T *>(words)[i] = value; }
+    // first: the first channel of this lane.
+    __device__ void fetch(const T *first, bool exists) {
+#pragma unroll
+        for (int a = 0; a < kAccesses; ++a) load_if(exists, words[a], first + a * 32);
+    }
+    __device__ void store(T *first, bool exists) const {
+#pragma unroll
+        for (int a = 0; a < kAccesses; ++a)
+            if (exists) *reinterpret_cast<Word *>(first + a * 32) = words[a];
+    }
+    __device__ void set(const float (&values)[kCount]) {
+        Packed<T, kCount> v;
+        v.set(values);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) reinterpret_cast<T *>(words)[i] = v.at[i];
+    }
+};
+
+// kUnroll tokens are on their way. At least kTileChannels channels.
+template <typename T, bool kOnGrid, bool kFull, bool kPacked>
+__global__ void __launch_bounds__(kConvThreads, kFull && !kPacked ? 6 : 5) causal_conv1d_channels(const __grid_constant__ CausalConv1dParams p) {
     constexpr int kCount = kLaneChannels;
     constexpr int kUnroll = 4;
-    const int lane = threadIdx.x % 32;
-    const unsigned tiles = (p.channels + 32 * kCount - 1) / (32 * kCount);
+    using Lane = LaneChannels<T, kOnGrid>;
+    const unsigned tiles = (p.channels + kTileChannels - 1) / kTileChannels;
     const unsigned chunks = (p.length + p.steps - 1) / p.steps;
     unsigned task = blockIdx.x * (kConvThreads / 32) + threadIdx.x / 32;
-    const int c = static_cast<int>(task % tiles) * 32 * kCount + lane * kCount;
+    // The last tile overlaps the one before it, and both write the same.
+    const int first = min(static_cast<int>(task % tiles) * kTileChannels, p.channels - kTileChannels);
     task /= tiles;
     const int start = static_cast<int>(task % chunks) * p.steps;
     const int64_t b = task / chunks;
     if (b >= p.batch) return;                                // the whole warp
     const int end = min(start + p.steps, p.length);
-    const T *x = static_cast<const T *>(p.x) + b * p.x_strides.batch;
-    T *y = static_cast<T *>(p.y) + b * p.y_strides.batch;
-    const T *x_end = static_cast<const T *>(p.x_end);
-    const auto x_row = [&](int t) { return x + t * p.x_strides.time; };
+    const T *from = static_cast<const T *>(p.x) + b * p.x_strides.batch + first + Lane::place(0) + start * p.x_strides.time;
+    T *to = static_cast<T *>(p.y) + b * p.y_strides.batch + first + Lane::place(0) + start * p.y_strides.time;
 
-    RowVector<T, kCount, kAligned> next[kUnroll], past[kHistory];
-    int next_names[kUnroll] = {}, names[kMaxWidth] = {};
-    const auto fetch = [&](int t) {
+    Lane next[kUnroll], past[kHistory];
 #pragma unroll
-        for (int s = 0; s < kUnroll; ++s) {
-            if (t + s >= end) break;
-            next[s].fetch(x_row(t + s), c, p.channels, x_end);
-            if constexpr (kPacked) next_names[s] = conv_sequence(p, b, t + s);
+    for (int s = 0; s < kUnroll; ++s) next[s].fetch(from + s * p.x_strides.time, start + s < end);
+    if (start >= kHistory) {
+#pragma unroll
+        for (int k = 0; k < kHistory; ++k) past[k].fetch(from + (k - kHistory) * p.x_strides.time, true);
+    } else {
+#pragma unroll
+        for (int k = 0; k < kHistory; ++k) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i)
+                past[k].put(i, conv_input<T>(p, b, first + Lane::place(i), start - kHistory + k));
+        }
+    }
+    float taps[kMaxWidth][kCount], bias[kCount];
+    load_conv_taps<kFull>(p, [&](int i) { return first + Lane::place(i); }, taps, bias);
+
+    // Packed sequences: the names of the next tokens say which outputs the newest input reaches.
+    int names[kUnroll + kHistory] = {};
+    const auto name_of = [&](int t) { return conv_sequence(p, b, min(t, p.length - 1)); };
+    const auto add = [&](const Lane &values, const int *names, float (&carried)[kHistory][kCount],
+                         float (&sums)[kCount]) {
+        const int absent = kFull ? 0 : kMaxWidth - p.width;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const float x = to_float(values[i]);
+            sums[i] = fmaf(taps[kHistory][i], x, carried[0][i]);
+#pragma unroll
+            for (int k = 0; k < kHistory; ++k) {             // to output t + 1 + k
+                const float older = k + 1 < kHistory ? carried[k + 1][i] : bias[i];
+                bool reaches = kHistory - 1 - k >= absent;
+                if constexpr (kPacked) reaches = reaches && names[k + 1] == names[0];
+                carried[k][i] = reaches ? fmaf(taps[kHistory - 1 - k][i], x, older) : older;
+            }
         }
     };
-    fetch(start);
+    float carried[kHistory][kCount], unused[kCount];
 #pragma unroll
     for (int k = 0; k < kHistory; ++k) {
-        const int t = start - kHistory + k;
-        if (t >= 0) past[k].fetch(x_row(t), c, p.channels, x_end);
-        if constexpr (kPacked) names[k] = conv_sequence(p, b, t);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) carried[k][i] = bias[i];
     }
-    float taps[kMaxWidth][kCount], bias[kCount], history[kHistory][kCount];
-    load_conv_taps(p, c, taps, bias);
+    if constexpr (kPacked) {
 #pragma unroll
-    for (int k = 0; k < kHistory; ++k) {
-        const int t = start - kHistory + k;
-        if (t >= 0) {
-            const Packed<T, kCount> v = past[k].get(x_row(t), c, p.channels);
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) history[k][i] = to_float(v.at[i]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) history[k][i] = c + i < p.channels ? conv_input<T>(p, b, c + i, t) : 0.f;
-        }
+        for (int k = 0; k < kUnroll + kHistory; ++k) names[k] = name_of(start - kHistory + k);
     }
+#pragma unroll
+    for (int k = 0; k < kHistory; ++k) add(past[k], names + k, carried, unused);
 
-    for (int t = start; t < end; t += kUnroll) {
-        Packed<T, kCount> inputs[kUnroll];
-        int new_names[kUnroll];
+    for (int t = start; t < end; t += kUnroll) {             // rows beyond the end are neither read nor written
+        if constexpr (kPacked) {
 #pragma unroll
-        for (int s = 0; s < kUnroll; ++s) {
-            inputs[s] = next[s].get(x_row(t + s), c, p.channels);
-            new_names[s] = next_names[s];
+            for (int k = 0; k < kUnroll + kHistory; ++k) names[k] = name_of(t + k);
         }
-        fetch(t + kUnroll);
+        from += kUnroll * p.x_strides.time;
+        float sums[kUnroll][kCount];
 #pragma unroll
         for (int s = 0; s < kUnroll; ++s) {
-            if (t + s >= end) break;
-            Packed<T, kCount> outputs;
-            names[kHistory] = new_names[s];
+            add(next[s], names + s, carried, sums[s]);
+            next[s].fetch(from + s * p.x_strides.time, t + kUnroll + s < end);
+        }
+        conv_activate<T>(p, sums);
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-                const float newest = to_float(inputs[s].at[i]);
-                const float window[kMaxWidth] = {history[0][i], history[1][i], history[2][i], newest};
-                const float tap[kMaxWidth] = {taps[0][i], taps[1][i], taps[2][i], taps[3][i]};
-                outputs.at[i] = from_float<T>(conv_output<kPacked>(p, window, tap, bias[i], names));
-                history[0][i] = history[1][i];
-                history[1][i] = history[2][i];
-                history[2][i] = newest;
+        for (int s = 0; s < kUnroll; ++s) {
+            if constexpr (kPacked) {
+                if (names[s] < 0) {
+#pragma unroll
+                    for (int i = 0; i < kCount; ++i) sums[s][i] = 0.f;
+                }
             }
-#pragma unroll
-            for (int k = 0; k < kHistory; ++k) names[k] = names[k + 1];
-            store_row_vector<kAligned>(y + (t + s) * p.y_strides.time, c, p.channels, outputs);
+            Lane outputs;
+            outputs.set(sums[s]);
+            outputs.store(to, t + s < end);
+            to += p.y_strides.time;
         }
     }
 
     if (end == p.length) {
-        T *final_states = static_cast<T *>(p.final_states);
+        T *final_states = static_cast<T *>(p.final_states) + b * p.channels * (p.width - 1);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            if (c + i >= p.channels) break;
-#pragma unroll
-            for (int k = 0; k < kHistory; ++k) {
-                const int place = k - (kMaxWidth - p.width);
-                if (place >= 0)
-                    final_states[(b * p.channels + c + i) * (p.width - 1) + place] = from_float<T>(history[k][i]);
-            }
+            const int64_t c = first + Lane::place(i);
+#pragma unroll 1
+            for (int k = 0; k < p.width - 1; ++k)
+                final_states[c * (p.width - 1) + k] = conv_input<T>(p, b, c, p.length - (p.width - 1) + k);
         }
     }
 }
 
-template <typename T, bool kAligned, bool kPacked>
+// kGrid: of y as seen from x. kSame: rows start off the grid, both alike; kOther: y goes element by element.
+template <typename T, bool kFull, bool kPacked, Grid kGrid>
 __global__ void __launch_bounds__(kConvThreads) causal_conv1d_time(const __grid_constant__ CausalConv1dParams p) {
     constexpr int kCount = 16 / sizeof(T);
     constexpr int kSpan = 32 * kCount;                       // tokens that the warp moves by one access
-    constexpr int kEdge = sizeof(T) == 4 ? 1 : 2;            // the first word with a part of the inputs t-3 .. t-1
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x % 32;
-    const unsigned chunks = (p.length + kSpan * kConvVectors - 1) / (kSpan * kConvVectors);
-    unsigned task = blockIdx.x * (kConvThreads / 32) + threadIdx.x / 32;
-    const int start = static_cast<int>(task % chunks) * kSpan * kConvVectors;
-    task /= chunks;
-    const int c = static_cast<int>(task % p.channels);
-    const int64_t b = task / p.channels;
-    if (b >= p.batch) return;
+    const unsigned row = blockIdx.x * (kConvThreads / 32) + threadIdx.x / 32;
+    const int64_t b = row / static_cast<unsigned>(p.channels);
+    const int c = static_cast<int>(row % static_cast<unsigned>(p.channels));
+    if (b >= p.batch) return;                                // the whole warp
     const T *x = static_cast<const T *>(p.x) + b * p.x_strides.batch + c * p.x_strides.channel;
     T *y = static_cast<T *>(p.y) + b * p.y_strides.batch + c * p.y_strides.channel;
+    const int before = kGrid == Grid::kWhole ? 0 : columns_off_grid<T, kCount>(x);
+    const int start = static_cast<int>(blockIdx.y) * p.steps - before, end = min(start + p.steps, p.length);
+    if (start >= end) return;
 
-    RowVector<T, kCount, kAligned> fetched[kConvVectors];
+    const T *initial = nullptr;
+    if (p.initial_states != nullptr)
+        initial = static_cast<const T *>(p.initial_states) + b * p.initial_strides.batch + c * p.initial_strides.channel;
+    const auto input = [&](int t) {                          // conv_input of this row
+        const int k = t + p.width - 1;
+        if (t >= 0) return x[t];
+        return initial != nullptr && k >= 0 ? initial[k * p.initial_strides.time] : from_float<T>(0.f);
+    };
+    Packed<T, kCount> next[kConvVectors];
+    const auto fetch = [&](int first) {
 #pragma unroll
-    for (int v = 0; v < kConvVectors; ++v)
-        if (start + v * kSpan < p.length)
-            fetched[v].fetch(x, start + v * kSpan + lane * kCount, p.length, static_cast<const T *>(p.x_end));
-    float before[kHistory] = {};                             // of the warp's first token
-    if (lane == 0) {
+        for (int v = 0; v < kConvVectors; ++v) {
+            const int t = first + v * kSpan + lane * kCount;
+            const bool whole = kGrid == Grid::kWhole ? t < end : t >= 0 && t + kCount <= p.length;
+            load_if(whole, next[v].word, x + t);
+            if (kGrid != Grid::kWhole && !whole) {
 #pragma unroll
-        for (int k = 0; k < kHistory; ++k) before[k] = conv_input<T>(p, b, c, start - kHistory + k);
-    }
-    float taps[kMaxWidth][1], bias[1];
-    load_conv_taps(p, c, taps, bias);
-    const float tap[kMaxWidth] = {taps[0][0], taps[1][0], taps[2][0], taps[3][0]};
-
-    Packed<T, kCount> previous;
-#pragma unroll
-    for (int v = 0; v < kConvVectors; ++v) {
-        const int first = start + v * kSpan;
-        if (first >= p.length) break;
-        const int t = first + lane * kCount;
-        const Packed<T, kCount> inputs = fetched[v].get(x, t, p.length);
-        Packed<T, kCount> left;                              // the neighbour's vector, of which the end is wanted
-#pragma unroll
-        for (int i = kEdge; i < 4; ++i) {
-            left.word[i] = __shfl_up_sync(kAll, inputs.word[i], 1);
-            if (v > 0) {
-                const uint32_t last = __shfl_sync(kAll, previous.word[i], 31);
-                if (lane == 0) left.word[i] = last;
+                for (int i = 0; i < kCount; ++i)
+                    if (t + i < p.length) next[v].at[i] = input(t + i);
             }
         }
-        previous = inputs;
-        float row[kHistory + kCount];
-        int names[kHistory + kCount] = {};
+    };
+    fetch(start);
+    // The last lanes hold the inputs before `start`.
+    const T edge = lane < 32 - kHistory ? from_float<T>(0.f) : input(start - 32 + lane);
+    float taps[kMaxWidth][1], bias[1];
+    load_conv_taps<kFull>(p, [&](int) { return c; }, taps, bias);
+    const float tap[kMaxWidth] = {taps[0][0], taps[1][0], taps[2][0], taps[3][0]};
+    float previous[kHistory];                                // in lane 0: the inputs before its vector
 #pragma unroll
-        for (int k = 0; k < kHistory; ++k)
-            row[k] = v == 0 && lane == 0 ? before[k] : to_float(left.at[kCount - kHistory + k]);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) row[kHistory + i] = to_float(inputs.at[i]);
-        if constexpr (kPacked) {
-#pragma unroll
-            for (int i = 0; i < kHistory + kCount; ++i)
-                names[i] = t - kHistory + i < p.length ? conv_sequence(p, b, t - kHistory + i) : -1;
-        }
-        Packed<T, kCount> outputs;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const float window[kMaxWidth] = {row[i], row[i + 1], row[i + 2], row[i + 3]};
-            const int named[kMaxWidth] = {names[i], names[i + 1], names[i + 2], names[i + 3]};
-            outputs.at[i] = from_float<T>(conv_output<kPacked>(p, window, tap, bias[0], named));
-        }
-        store_row_vector<kAligned>(y, t, p.length, outputs);
-    }
+    for (int k = 0; k < kHistory; ++k) previous[k] = __shfl_sync(kAll, to_float(edge), 32 - kHistory + k);
 
-    if (start + kSpan * kConvVectors >= p.length && lane < p.width - 1)
+    for (int first = start; first < end; first += kConvVectors * kSpan) {
+        Packed<T, kCount> inputs[kConvVectors];
+#pragma unroll
+        for (int v = 0; v < kConvVectors; ++v) inputs[v] = next[v];
+        if (first + kConvVectors * kSpan < end) fetch(first + kConvVectors * kSpan);
+#pragma unroll
+        for (int v = 0; v < kConvVectors; ++v) {
+            const int t = first + v * kSpan + lane * kCount;
+            float window[kHistory + kCount];
+            int names[kHistory + kCount] = {};
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) window[kHistory + i] = to_float(inputs[v].at[i]);
+#pragma unroll
+            for (int k = 0; k < kHistory; ++k) {
+                const float left = __shfl_sync(kAll, window[kCount + k], lane + 31);      // of lane 31 for lane 0
+                window[k] = lane == 0 ? previous[k] : left;
+                previous[k] = left;
+            }
+            if constexpr (kPacked) {
+#pragma unroll
+                for (int i = 0; i < kHistory + kCount; ++i) names[i] = conv_sequence(p, b, min(t - kHistory + i, p.length - 1));
+            }
+            float sums[1][kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                const float under[kMaxWidth] = {window[i], window[i + 1], window[i + 2], window[i + 3]};
+                const int named[kMaxWidth] = {names[i], names[i + 1], names[i + 2], names[i + 3]};
+                sums[0][i] = conv_sum<kFull, kPacked>(p, under, tap, bias[0], named);
+            }
+            Packed<T, kCount> outputs;
+            conv_activate<T>(p, sums);
+            outputs.set(sums[0]);
+            if constexpr (kGrid != Grid::kOther) {
+                store_row_vector<kGrid>(y, t, end, outputs);
+            } else {
+#pragma unroll
+                for (int i = 0; i < kCount; ++i)
+                    if (0 <= t + i && t + i < end) y[t + i] = outputs.at[i];
+            }
+        }
+    }
+    if (end == p.length && lane < p.width - 1)
         static_cast<T *>(p.final_states)[(b * p.channels + c) * (p.width - 1) + lane] =
-            from_float<T>(conv_input<T>(p, b, c, p.length - (p.width - 1) + lane));
+            input(p.length - (p.width - 1) + lane);
 }
 
 template <typename T>
@@ -289,11 +370,11 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_any(const __grid_c
     float taps[kMaxWidth][1], bias[1], window[kMaxWidth] = {};
     int names[kMaxWidth] = {};
     const bool packed = p.seq_idx != nullptr;
-    load_conv_taps(p, c, taps, bias);
+    load_conv_taps<false>(p, [&](int) { return c; }, taps, bias);
     const float tap[kMaxWidth] = {taps[0][0], taps[1][0], taps[2][0], taps[3][0]};
 #pragma unroll
     for (int k = 0; k < kHistory; ++k) {
-        window[k + 1] = conv_input<T>(p, b, c, start - kHistory + k);
+        window[k + 1] = to_float(conv_input<T>(p, b, c, start - kHistory + k));
         if (packed) names[k + 1] = conv_sequence(p, b, start - kHistory + k);
     }
     T *y = static_cast<T *>(p.y) + b * p.y_strides.batch + c * p.y_strides.channel;
@@ -303,18 +384,15 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_any(const __grid_c
             window[k] = window[k + 1];
             names[k] = names[k + 1];
         }
-        window[kHistory] = conv_input<T>(p, b, c, t);
+        window[kHistory] = to_float(conv_input<T>(p, b, c, t));
         if (packed) names[kHistory] = conv_sequence(p, b, t);
-        y[t * p.y_strides.time] = from_float<T>(conv_output<true>(p, window, tap, bias[0], names));
+        const float sum = conv_sum<false, true>(p, window, tap, bias[0], names);
+        y[t * p.y_strides.time] = from_float<T>(p.silu ? silu_for<T>(sum) : sum);
     }
     if (end == p.length)
-#pragma unroll
-        for (int k = 1; k < kMaxWidth; ++k) {
-            const int place = k - (kMaxWidth - p.width) - 1;
-            if (place >= 0)
-                static_cast<T *>(p.final_states)[(b * p.channels + c) * (p.width - 1) + place] =
-                    from_float<T>(window[k]);
-        }
+        for (int k = 0; k < p.width - 1; ++k)
+            static_cast<T *>(p.final_states)[(b * p.channels + c) * (p.width - 1) + k] =
+                conv_input<T>(p, b, c, p.length - (p.width - 1) + k);
 }
 
 }  // namespace shedder

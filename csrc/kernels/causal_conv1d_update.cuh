@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_step(const __grid_
     T window[kMaxWidth];
     float taps[kMaxWidth][1], bias[1];
     const int names[kMaxWidth] = {};
-    load_conv_taps(p, c, taps, bias);
+    load_conv_taps<false>(p, [&](int) { return c; }, taps, bias);
     const float tap[kMaxWidth] = {taps[0][0], taps[1][0], taps[2][0], taps[3][0]};
 #pragma unroll
     for (int k = 0; k < kHistory; ++k) {
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_step(const __grid_
         float inputs[kMaxWidth];
 #pragma unroll
         for (int k = 0; k < kMaxWidth; ++k) inputs[k] = to_float(window[k]);
-        y[t * p.y_strides.time] = from_float<T>(conv_output<false>(p, inputs, tap, bias[0], names));
+        const float sum = conv_sum<false, false>(p, inputs, tap, bias[0], names);
+        y[t * p.y_strides.time] = from_float<T>(p.silu ? silu_for<T>(sum) : sum);
     }
     if (q.seen == nullptr) {
         const int64_t moved = max(q.kept - p.length, int64_t{0});        // places that keep an older input

@@ -1,162 +1,149 @@
-// Vector accesses to rows that start at any element.
+// Vectors of rows that start at any element.
 //
-// A compacted layout has rows of odd pitch, so that each row lies differently against the grid of 8- or 16-byte words in
-// memory. Here lane i of a warp always owns the same kCount columns, whatever the row's address: a load fetches the two
-// words of the grid around them, and shifts when they have come; a store shifts with the neighbouring lane and writes
-// the word between. Only the first and last columns of a warp's run, and the end of a row, go element by element.
+// A compacted layout has rows of odd pitch, each of which lies differently against the grid of 16-byte words in memory.
+// Whoever numbers the columns of a row from the grid point at or before its first element moves whole words, except
+// the first and the last of the row, which go element by element.
 
 #pragma once
+
+#include <type_traits>
 
 #include "kernels/pointwise.cuh"
 
 namespace shedder {
 
-// kCount values as they lie in memory: 8 or 16 bytes.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<8> {
+    using type = uint2;
+};
+template <>
+struct WordOf<16> {
+    using type = uint4;
+};
+
+// kCount values as they lie in memory: taken apart only when they are used, since that waits for a load.
 template <typename T, int kCount>
 union Packed {
-    static constexpr int kWords = kCount * sizeof(T) / 4;
-    static_assert(kWords == 2 || kWords == 4);
-    uint32_t word[kWords];
+    using Word = typename WordOf<kCount * sizeof(T)>::type;
+    Word word;
     T at[kCount];
-    __device__ Packed() {
+    __device__ Packed() : word{} {}
+    __device__ void set(const float (&values)[kCount]) {     // two roundings by one instruction
 #pragma unroll
-        for (int i = 0; i < kWords; ++i) word[i] = 0;
+        for (int i = 0; i < kCount; i += 2) {
+            if constexpr (std::is_same_v<T, __nv_bfloat16>)
+                reinterpret_cast<__nv_bfloat162 &>(at[i]) = __floats2bfloat162_rn(values[i], values[i + 1]);
+            else if constexpr (std::is_same_v<T, __half>)
+                reinterpret_cast<__half2 &>(at[i]) = __floats2half2_rn(values[i], values[i + 1]);
+            else
+                at[i] = values[i], at[i + 1] = values[i + 1];
+        }
     }
 };
 
-__device__ inline void load_words(uint32_t (&to)[4], const void *from) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+// to = *from where it exists. One predicated instruction: written as a branch, the compiler merges the old value by moves
+// that wait for the load.
+__device__ inline void load_if(bool exists, uint4 &to, const void *from) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(static_cast<unsigned>(exists)));
 }
-__device__ inline void load_words(uint32_t (&to)[2], const void *from) {
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+__device__ inline void load_if(bool exists, uint2 &to, const void *from) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
+                 : "+r"(to.x), "+r"(to.y) : "l"(from), "r"(static_cast<unsigned>(exists)));
 }
-// The same for words that the neighbouring lane reads too.
-__device__ inline void load_shared_words(uint32_t (&to)[4], const void *from) {
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+__device__ inline void load_if(bool exists, uint16_t &to, const void *from) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}"
+                 : "+h"(to) : "l"(from), "r"(static_cast<unsigned>(exists)));
 }
-__device__ inline void load_shared_words(uint32_t (&to)[2], const void *from) {
-    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
-}
-__device__ inline void store_words(void *to, const uint32_t (&from)[4]) {
-    *static_cast<uint4 *>(to) = {from[0], from[1], from[2], from[3]};
-}
-__device__ inline void store_words(void *to, const uint32_t (&from)[2]) {
-    *static_cast<uint2 *>(to) = {from[0], from[1]};
+__device__ inline void load_if(bool exists, uint32_t &to, const void *from) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
+                 : "+r"(to) : "l"(from), "r"(static_cast<unsigned>(exists)));
 }
 
-// Bytes of an address above the grid of words of kBytes.
-template <int kBytes>
-__device__ inline int shift_of(const void *address) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(address)) & (kBytes - 1);
+// How many columns of T the grid point at or before `row` lies before it.
+template <typename T, int kCount>
+__host__ __device__ inline int columns_off_grid(const T *row) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kCount);
 }
 
-// Bytes shift .. shift + 4 kWords - 1 of low followed by high; shift is even and below 4 kWords.
-template <int kWords>
-__device__ inline void shift_words(uint32_t (&to)[kWords], const uint32_t (&low)[kWords], const uint32_t (&high)[kWords],
-                                   int shift) {
-    uint32_t w[2 * kWords];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-        w[i] = low[i];
-        w[kWords + i] = high[i];
-    }
-    if constexpr (kWords == 4) {
-        if (shift & 8) {
-#pragma unroll
-            for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
-        }
-    }
-    if (shift & 4) {
-#pragma unroll
-        for (int i = 0; i <= kWords; ++i) w[i] = w[i + 1];
-    }
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) to[i] = __funnelshift_r(w[i], w[i + 1], (shift & 2) * 8);
-}
+// Where the rows of a tensor lie as seen from the columns of a warp.
+enum class Grid {
+    kWhole,                                                  // every vector on the grid and within its row
+    kSame,                                                   // vectors on the grid; the first and the last stick out
+    kOther                                                   // the grid of this tensor is another one
+};
 
-// A vector on its way: fetched, not yet shifted. Nothing here waits for it.
-template <typename T, int kCount, bool kAligned>
+// kCount columns on their way: nothing in `fetch` waits for them.
+template <typename T, int kCount, Grid kGrid>
 struct RowVector {
-    static constexpr int kBytes = kCount * sizeof(T);
-    Packed<T, kCount> low, high;
+    Packed<T, kCount> low, high;                             // high: only off the grid
 
-    // Columns column .. column + kCount-1 of a row of `width`; nothing at or beyond `end` is touched.
-    __device__ void fetch(const T *row, int column, int width, const T *end) {
-        if (column >= width) return;
-        const T *from = row + column;
-        if constexpr (kAligned) {
-            load_words(low.word, from);
+    // from[0] .. from[kCount-1], of which those that stick out of the row hold anything. Nothing at or beyond `end`
+    // is read; what lies before a row in its word of the grid is always in memory.
+    __device__ void fetch(const T *from, bool exists, const T *end) {
+        using Word = typename Packed<T, kCount>::Word;
+        low.word = Word{};
+        if constexpr (kGrid == Grid::kWhole) {
+            load_if(exists, low.word, from);
         } else {
-            const int shift = shift_of<kBytes>(from);
-            const char *grid = reinterpret_cast<const char *>(from) - shift;
-            const bool both = shift != 0 && column + (kBytes - shift) / static_cast<int>(sizeof(T)) < width;
-            if (grid + (both ? 2 * kBytes : kBytes) <= reinterpret_cast<const char *>(end)) {
-                load_shared_words(low.word, grid);
-                if (both) load_shared_words(high.word, grid + kBytes);
-            } else {                                         // the end of the last row
-                const int skipped = shift / static_cast<int>(sizeof(T));
+            const int before = kGrid == Grid::kSame ? 0 : columns_off_grid<T, kCount>(from);
+            const int words = before == 0 ? 1 : 2;
+            const int64_t left = end - (from - before);
+            const bool fits = left >= words * kCount;
+            load_if(exists && fits, low.word, from - before);
+            if constexpr (kGrid == Grid::kOther) {
+                high.word = Word{};
+                load_if(exists && fits && words == 2, high.word, from - before + kCount);
+            }
+            if (exists && !fits) {
 #pragma unroll
-                for (int i = 0; i < 2 * kCount; ++i) {
-                    const int c = i - skipped;
-                    if (0 <= c && c < kCount && column + c < width)
-                        (i < kCount ? low.at[i % kCount] : high.at[i % kCount]) = from[c];
+                for (int i = 0; i < (kGrid == Grid::kSame ? 1 : 2) * kCount; ++i) {
+                    if (before <= i && i < before + kCount && i < static_cast<int>(left))
+                        (i < kCount ? low : high).at[i % kCount] = from[i - before];
                 }
             }
         }
     }
-    // What `fetch` was asked for; columns beyond the width are zero.
-    __device__ Packed<T, kCount> get(const T *row, int column, int width) const {
-        if constexpr (kAligned) return low;
-        Packed<T, kCount> v;
-        shift_words(v.word, low.word, high.word, shift_of<kBytes>(row + column));
-        if (column + kCount > width) {
+    // What `fetch` was asked for.
+    __device__ Packed<T, kCount> get(const T *from) const {
+        if constexpr (kGrid != Grid::kOther) {
+            return low;
+        } else {
+            static_assert(sizeof(low.word) == 16);
+            const int shift = columns_off_grid<T, kCount>(from) * static_cast<int>(sizeof(T));
+            uint32_t w[8] = {low.word.x, low.word.y, low.word.z, low.word.w,
+                             high.word.x, high.word.y, high.word.z, high.word.w};
+            if (shift & 8) {
 #pragma unroll
-            for (int i = 0; i < kCount; ++i)
-                if (column + i >= width) v.at[i] = from_float<T>(0.f);
+                for (int i = 0; i < 6; ++i) w[i] = w[i + 2];
+            }
+            if (shift & 4) {
+#pragma unroll
+                for (int i = 0; i < 5; ++i) w[i] = w[i + 1];
+            }
+            Packed<T, kCount> v;
+            const int bits = shift & 2 ? 16 : 0;
+            v.word = {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
+                      __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits)};
+            return v;
         }
-        return v;
     }
 };
 
-// Every lane of the warp calls it with column = first + lane * kCount, also those beyond the width.
-template <bool kAligned, typename T, int kCount>
+// The counterpart of fetch for columns column .. column + kCount-1 of a row of `width`; not for Grid::kOther.
+template <Grid kGrid, typename T, int kCount>
 __device__ inline void store_row_vector(T *row, int column, int width, const Packed<T, kCount> &v) {
-    constexpr int kBytes = kCount * sizeof(T);
-    T *to = row + column;
-    const int shift = kAligned ? 0 : shift_of<kBytes>(to);
-    if (shift == 0) {
-        if (column + kCount <= width) {
-            store_words(to, v.word);
-        } else if (!kAligned) {
+    using Word = typename Packed<T, kCount>::Word;
+    if constexpr (kGrid == Grid::kWhole) {
+        if (column < width) *reinterpret_cast<Word *>(row + column) = v.word;
+    } else if (column >= 0 && column + kCount <= width) {
+        *reinterpret_cast<Word *>(row + column) = v.word;
+    } else {
 #pragma unroll
-            for (int i = 0; i < kCount; ++i)
-                if (column + i < width) to[i] = v.at[i];
-        }
-        return;
-    }
-    const int lane = threadIdx.x % 32;
-    const int before = shift / static_cast<int>(sizeof(T));        // columns of the word that the left lane owns
-    Packed<T, kCount> left, mixed;
-#pragma unroll
-    for (int i = 0; i < kBytes / 4; ++i) left.word[i] = __shfl_up_sync(0xffffffffu, v.word[i], 1);
-    shift_words(mixed.word, left.word, v.word, kBytes - shift);
-    if (lane > 0) {
-        if (column - before + kCount <= width) {
-            store_words(to - before, mixed.word);
-        } else {
-#pragma unroll
-            for (int i = 0; i < kCount; ++i)
-                if (column - before + i < width) to[i - before] = mixed.at[i];
-        }
-    }
-    if (lane == 0 || lane == 31) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const bool mine = lane == 0 ? i < kCount - before : i >= kCount - before;
-            if (mine && column + i < width) to[i] = v.at[i];
-        }
+        for (int i = 0; i < kCount; ++i)
+            if (0 <= column + i && column + i < width) row[column + i] = v.at[i];
     }
 }
 

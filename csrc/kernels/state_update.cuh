@@ -9,6 +9,8 @@
 //   kTied (Mamba-2, one dt and A for a head): the rows of a task are kRows places of P, so that B, C and the one
 //   exponential serve them all.
 //   Else (Mamba-1): they are kRows rows of the batch, so that A is read once for them.
+// state_update_channels: Mamba-1 with one group and at most 16 states. A thread owns all states of a channel in kRows rows of
+//   the batch, so that what a channel costs besides its states is paid once, and A is read once for the rows.
 // Bound: bytes of the state.
 
 #pragma once
@@ -174,6 +176,102 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
         if (p.z != nullptr) sum *= fast_silu(to_float(z[r]));
         static_cast<Input *>(p.y)[(b[r] * p.heads + head) * p.headdim + place[r]] =
             from_float<Input>(slot[r] < 0 ? 0.f : sum);
+    }
+}
+
+constexpr int kChannelStates = 16;
+
+template <typename Input, typename State, int kWidth, int kRows>
+__global__ void __launch_bounds__(kStepThreads) state_update_channels(const __grid_constant__ StateUpdateParams p) {
+    constexpr int kStates = kChannelStates, kAWidth = kWidth > 1 ? 4 : 1;
+    static_assert(kRows * 2 * kStates <= kStepThreads);
+    __shared__ float4 shared[kRows][2][kStates / 4];         // B and C of each row
+    const int first = blockIdx.y * kRows, place = blockIdx.x * kStepThreads + threadIdx.x;
+    const bool exists = place < p.headdim;
+    const int d = min(place, p.headdim - 1);                 // who has no channel reads the last one and writes nothing
+
+    int64_t b[kRows], slot[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) slot[r] = b[r] = min(first + r, p.batch - 1);
+    if (p.slots != nullptr) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) slot[r] = p.slots[b[r] * p.slots_stride];
+    }
+    State *row[kRows];
+    StepVector<State, kWidth> states[kRows][kStates / kWidth];
+    Input x[kRows], z[kRows];
+    float dt[kRows], A[kStates], skip = 0.f, bias = 0.f;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        row[r] = static_cast<State *>(p.state) + max(slot[r], int64_t{0}) * p.state_strides.batch + d * p.state_strides.place;
+#pragma unroll
+        for (int a = 0; a < kStates / kWidth; ++a)
+            if (a * kWidth < p.dstate) states[r][a] = *reinterpret_cast<const StepVector<State, kWidth> *>(row[r] + a * kWidth);
+    }
+    {                                                        // thread (r, B or C, n)
+        const int n = threadIdx.x % kStates, of_c = threadIdx.x / kStates % 2, r = threadIdx.x / (2 * kStates);
+        if (r < kRows) {
+            const int64_t batch = min(first + r, p.batch - 1);
+            const Input *from = of_c ? static_cast<const Input *>(p.C) + batch * p.C_batch_stride + n * p.C_n_stride
+                                     : static_cast<const Input *>(p.B) + batch * p.B_batch_stride + n * p.B_n_stride;
+            reinterpret_cast<float *>(shared[r][of_c])[n] = n < p.dstate ? to_float(*from) : 0.f;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        x[r] = static_cast<const Input *>(p.x)[b[r] * p.x_strides.batch + d * p.x_strides.place];
+        z[r] = from_float<Input>(0.f);
+    }
+    if (p.z != nullptr) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+            z[r] = static_cast<const Input *>(p.z)[b[r] * p.z_strides.batch + d * p.z_strides.place];
+    }
+    p.dt.visit([&](auto *from) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) dt[r] = to_float(from[b[r] * p.dt_strides.batch + d * p.dt_strides.place]);
+    });
+    const float *A_row = p.A + d * p.A_strides.place;
+#pragma unroll
+    for (int a = 0; a < kStates / kAWidth; ++a) {
+        StepVector<float, kAWidth> part{};
+        if (a * kAWidth < p.dstate)
+            part = *reinterpret_cast<const StepVector<float, kAWidth> *>(A_row + a * kAWidth * p.A_n_stride);
+#pragma unroll
+        for (int i = 0; i < kAWidth; ++i) A[a * kAWidth + i] = part.at[i];
+    }
+    if (p.D != nullptr) skip = p.D[d * p.D_place_stride];
+    if (p.dt_bias != nullptr) bias = p.dt_bias[d * p.bias_place_stride];
+    __syncthreads();
+
+#pragma unroll
+    for (int n = 0; n < kStates; ++n) A[n] *= kLog2e;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        float step = dt[r] + bias;
+        if (p.dt_softplus) step = fast_softplus(step);
+        const float current = to_float(x[r]), input = step * current;
+        const bool moves = exists && first + r < p.batch && slot[r] >= 0;
+        float sum = skip * current;
+#pragma unroll
+        for (int a = 0; a < kStates / 4; ++a) {
+            const float4 B = shared[r][0][a], C = shared[r][1][a];
+            const float B_at[4] = {B.x, B.y, B.z, B.w}, C_at[4] = {C.x, C.y, C.z, C.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int n = a * 4 + i;
+                State &state = states[r][n / kWidth].at[n % kWidth];
+                const float h = fmaf(fast_exp2(step * A[n]), to_float(state), input * B_at[i]);
+                if (n < p.dstate) sum = fmaf(C_at[i], h, sum);
+                state = from_float<State>(h);
+            }
+        }
+#pragma unroll
+        for (int a = 0; a < kStates / kWidth; ++a)
+            if (moves && a * kWidth < p.dstate) *reinterpret_cast<StepVector<State, kWidth> *>(row[r] + a * kWidth) = states[r][a];
+        if (!exists || first + r >= p.batch) continue;
+        if (p.z != nullptr) sum *= silu_for<Input>(to_float(z[r]));
+        static_cast<Input *>(p.y)[b[r] * p.headdim + d] = from_float<Input>(slot[r] < 0 ? 0.f : sum);
     }
 }
 

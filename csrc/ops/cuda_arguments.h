@@ -52,11 +52,11 @@ struct Arguments {
     }
 };
 
-// Whether every row of a tensor lies on the grid of kBytes: its first address, and each of the distances between rows.
-template <int64_t kBytes = 16>
-bool on_grid(const void *data, int64_t element_size, std::initializer_list<int64_t> distances) {
-    bool fits = reinterpret_cast<uintptr_t>(data) % kBytes == 0;
-    for (int64_t distance : distances) fits = fits && distance * element_size % kBytes == 0;
+// Whether every row of a tensor lies on a grid of words: its first address, and each of the distances between rows.
+inline bool on_grid(const void *data, int64_t element_size, std::initializer_list<int64_t> distances,
+                    int64_t word = 16) {
+    bool fits = reinterpret_cast<uintptr_t>(data) % word == 0;
+    for (int64_t distance : distances) fits = fits && distance * element_size % word == 0;
     return fits;
 }
 

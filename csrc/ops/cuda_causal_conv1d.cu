@@ -35,57 +35,70 @@ CausalConv1dParams conv_params(const Arguments &arguments, const Tensor &x, cons
     p.x = x.const_data_ptr();
     p.y = y.mutable_data_ptr();
     p.x_strides = conv_strides(x);
-    const ConvStrides &strides = p.x_strides;
-    if (x.numel() > 0)
-        p.x_end = static_cast<const char *>(p.x)
-            + ((p.batch - 1) * strides.batch + (p.channels - 1) * strides.channel + (p.length - 1) * strides.time + 1)
-                * element_size(x.scalar_type());
     p.y_strides = conv_strides(y);
     p.silu = silu;
     return p;
 }
 
-// Tokens that one thread walks over: 32 (the three before them are read again), fewer where that leaves SMs idle.
+// Tokens that one thread walks over: 32 (the three before them are read again), fewer where that leaves SMs idle. Measured
+// with 5376 channels: at B1 L512 steps of 4, 8, 16 take 8.4, 7.6, 6.7 us.
 int64_t steps_for(int64_t length, int64_t warps_of_a_chunk) {
     int64_t steps = 32;
-    while (steps > 4 && (length + steps - 1) / steps * warps_of_a_chunk < 4096) steps /= 2;
+    while (steps > 4 && (length + steps - 1) / steps * warps_of_a_chunk < 1024) steps /= 2;
     return steps;
+}
+
+template <typename T, bool kFull, bool kPacked>
+void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
+    constexpr const char *kOp = "causal_conv1d";
+    constexpr int64_t size = sizeof(T), kWarps = kConvThreads / 32;
+    const ConvStrides &x = p.x_strides, &y = p.y_strides;
+    if (p.channels >= kTileChannels && x.channel == 1 && y.channel == 1) {
+        constexpr int64_t kBytes = kLaneChannels * size;
+        const int64_t tiles = (p.channels + kTileChannels - 1) / kTileChannels;
+        p.steps = static_cast<int>(steps_for(p.length, tiles * p.batch));
+        const unsigned blocks = blocks_for(kOp, p.batch * tiles * ((p.length + p.steps - 1) / p.steps), kWarps);
+        if (p.channels % kLaneChannels == 0 && on_grid(p.x, size, {x.batch, x.time}, kBytes)
+            && on_grid(p.y, size, {y.batch, y.time}, kBytes))
+            causal_conv1d_channels<T, true, kFull, kPacked><<<blocks, kConvThreads, 0, stream>>>(p);
+        else
+            causal_conv1d_channels<T, false, kFull, kPacked><<<blocks, kConvThreads, 0, stream>>>(p);
+        return;
+    }
+    if (p.length > 1 && x.time == 1 && y.time == 1) {
+        constexpr int64_t kCount = 16 / size, kStep = 32 * kCount * kConvVectors;
+        const int64_t rows = p.batch * p.channels;
+        const bool same = (reinterpret_cast<uintptr_t>(p.x) - reinterpret_cast<uintptr_t>(p.y)) % 16 == 0
+            && (x.channel - y.channel) * size % 16 == 0 && (x.batch - y.batch) * size % 16 == 0;
+        const bool whole = same && p.length % kCount == 0 && on_grid(p.x, size, {x.batch, x.channel});
+        const int64_t columns = p.length + (whole ? 0 : kCount - 1);
+        // A warp walks over its row, unless there are too few rows or the row is too long for the number of blocks.
+        int64_t steps = (columns + kStep - 1) / kStep * kStep;
+        while (steps > kStep && rows * ((columns + steps - 1) / steps) < 8192) steps = (steps / 2 + kStep - 1) / kStep * kStep;
+        steps = std::max(steps, (columns / 65535 + kStep) / kStep * kStep);
+        p.steps = static_cast<int>(steps);
+        const dim3 blocks(blocks_for(kOp, rows, kWarps), static_cast<unsigned>((columns + steps - 1) / steps));
+        if (whole)
+            causal_conv1d_time<T, kFull, kPacked, Grid::kWhole><<<blocks, kConvThreads, 0, stream>>>(p);
+        else if (same)
+            causal_conv1d_time<T, kFull, kPacked, Grid::kSame><<<blocks, kConvThreads, 0, stream>>>(p);
+        else
+            causal_conv1d_time<T, kFull, kPacked, Grid::kOther><<<blocks, kConvThreads, 0, stream>>>(p);
+        return;
+    }
+    p.steps = static_cast<int>(steps_for(p.length, (p.batch * p.channels + 31) / 32));
+    const int64_t tasks = p.batch * p.channels * ((p.length + p.steps - 1) / p.steps);
+    causal_conv1d_any<T><<<blocks_for(kOp, tasks, kConvThreads), kConvThreads, 0, stream>>>(p);
 }
 
 template <typename T>
 void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
-    constexpr const char *kOp = "causal_conv1d";
-    constexpr int kWarps = kConvThreads / 32;
-    constexpr int64_t size = sizeof(T);
+    const int64_t tap = p.weight.kind == FloatKind::kFloat ? 4 : 2;
+    const bool full = p.width == kMaxWidth && p.weight_tap_stride == 1 && p.weight_channel_stride == kMaxWidth
+        && reinterpret_cast<uintptr_t>(p.weight.data) % (kMaxWidth * tap) == 0;
     const bool packed = p.seq_idx != nullptr;
-    const ConvStrides &x = p.x_strides, &y = p.y_strides;
-    const auto run = [&](auto kernel, int64_t tasks, int64_t per_block) {
-        kernel<<<blocks_for(kOp, tasks, per_block), kConvThreads, 0, stream>>>(p);
-    };
-    if (p.channels > 1 && x.channel == 1 && y.channel == 1) {
-        constexpr int64_t kBytes = kLaneChannels * size;
-        const int64_t tiles = (p.channels + 32 * kLaneChannels - 1) / (32 * kLaneChannels);
-        p.steps = static_cast<int>(steps_for(p.length, tiles * p.batch));
-        const int64_t tasks = p.batch * tiles * ((p.length + p.steps - 1) / p.steps);
-        const bool aligned = p.channels % kLaneChannels == 0 && on_grid<kBytes>(p.x, size, {x.batch, x.time})
-            && on_grid<kBytes>(p.y, size, {y.batch, y.time});
-        if (aligned && packed) return run(causal_conv1d_channels<T, true, true>, tasks, kWarps);
-        if (aligned) return run(causal_conv1d_channels<T, true, false>, tasks, kWarps);
-        if (packed) return run(causal_conv1d_channels<T, false, true>, tasks, kWarps);
-        return run(causal_conv1d_channels<T, false, false>, tasks, kWarps);
-    }
-    if (p.length > 1 && x.time == 1 && y.time == 1) {
-        constexpr int64_t kChunk = 32 * (16 / size) * kConvVectors;
-        const int64_t tasks = p.batch * p.channels * ((p.length + kChunk - 1) / kChunk);
-        const bool aligned = p.length % (16 / size) == 0 && on_grid(p.x, size, {x.batch, x.channel})
-            && on_grid(p.y, size, {y.batch, y.channel});
-        if (aligned && packed) return run(causal_conv1d_time<T, true, true>, tasks, kWarps);
-        if (aligned) return run(causal_conv1d_time<T, true, false>, tasks, kWarps);
-        if (packed) return run(causal_conv1d_time<T, false, true>, tasks, kWarps);
-        return run(causal_conv1d_time<T, false, false>, tasks, kWarps);
-    }
-    p.steps = static_cast<int>(steps_for(p.length, (p.batch * p.channels + 31) / 32));
-    run(causal_conv1d_any<T>, p.batch * p.channels * ((p.length + p.steps - 1) / p.steps), kConvThreads);
+    if (full) return packed ? launch_conv<T, true, true>(p, stream) : launch_conv<T, true, false>(p, stream);
+    return packed ? launch_conv<T, false, true>(p, stream) : launch_conv<T, false, false>(p, stream);
 }
 
 }  // namespace

@@ -12,11 +12,31 @@ namespace {
 
 constexpr const char *kNormOp = "gated_rmsnorm";
 
-template <typename T, bool kNormBeforeGate, bool kGeneral, int kVectors, bool kAligned>
-void launch_norm(const GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
-    constexpr int kWarpColumns = 32 * (16 / static_cast<int>(sizeof(T))) * kVectors;
-    const auto kernel = gated_rmsnorm_fwd<T, kNormBeforeGate, kGeneral, kVectors, kAligned>;
-    const int threads = (p.width + kWarpColumns - 1) / kWarpColumns * 32;
+// How x and z lie against the 16-byte grid, as seen from y.
+Grid grid_of(const GatedRMSNormParams &p, int64_t size) {
+    const auto as_y = [&](const void *data, int64_t stride) {
+        return (reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(p.y)) % 16 == 0
+            && (stride - p.width) * size % 16 == 0;
+    };
+    if (!as_y(p.x, p.x_row_stride) || (p.z != nullptr && !as_y(p.z, p.z_row_stride))) return Grid::kOther;
+    bool whole = on_grid(p.y, size, {});
+    for (int s = 0; s < p.segments; ++s) whole = whole && p.bounds[s + 1] * size % 16 == 0;
+    return whole ? Grid::kWhole : Grid::kSame;
+}
+
+template <typename T, bool kNormBeforeGate, int kLanes, Grid kGrid, bool kBias = false>
+void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
+    constexpr int kCount = 16 / static_cast<int>(sizeof(T)), kThreadGroups = kLanes * kNormVectors;
+    const auto kernel = gated_rmsnorm_fwd<T, kNormBeforeGate, kLanes, kGrid, kBias>;
+    for (int s = 0; s < p.segments; ++s) {
+        // A segment reaches back to the grid point before it: how far depends on the row.
+        const bool aligned = kGrid == Grid::kWhole || (p.width % kCount == 0 && p.bounds[s] % kCount == 0);
+        const int columns = p.bounds[s + 1] - p.bounds[s] + (aligned ? 0 : kCount - 1);
+        p.groups[s + 1] = p.groups[s] + (columns + kLanes * kCount - 1) / (kLanes * kCount);
+    }
+    const int threads = (p.groups[p.segments] * kLanes + 32 * kNormVectors - 1) / (32 * kNormVectors) * 32;
+    STD_TORCH_CHECK(threads <= kMaxNormThreads, "shedder_cuda::gated_rmsnorm: ", p.segments, " segments of ", p.width,
+                    " channels take more threads than a row has");
     // CTAs that one SM holds, for each number of warps; asked once, since asking takes longer than a launch.
     static int resident[kMaxNormThreads / 32 + 1] = {};
     static int multiprocessors = 0;
@@ -26,23 +46,29 @@ void launch_norm(const GatedRMSNormParams &p, int32_t device, cudaStream_t strea
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0);
         per_sm = std::max(per_sm, 1);
     }
-    const int64_t blocks = std::min<int64_t>(p.rows, int64_t{per_sm} * multiprocessors);
+    // Rows of one CTA lie a multiple of 16 bytes apart.
+    const int64_t blocks = std::min<int64_t>(p.rows, int64_t{per_sm} * multiprocessors / kCount * kCount);
     kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(p);
 }
 
-template <typename T, int kVectors>
-void launch_norm(const GatedRMSNormParams &p, bool norm_before_gate, bool aligned, int32_t device,
-                 cudaStream_t stream) {
-    const bool general = p.segments > 1 || p.bias.kind != FloatKind::kNone;
-    const auto with_order = [&](auto before, auto many) {
-        constexpr bool kBefore = decltype(before)::value, kMany = decltype(many)::value;
-        if (aligned) return launch_norm<T, kBefore, kMany, kVectors, true>(p, device, stream);
-        return launch_norm<T, kBefore, kMany, kVectors, false>(p, device, stream);
+template <typename T>
+void launch_norm(GatedRMSNormParams &p, bool norm_before_gate, int32_t device, cudaStream_t stream) {
+    const Grid grid = grid_of(p, sizeof(T));
+    const auto with_order = [&](auto before, auto lanes) {
+        constexpr bool kBefore = decltype(before)::value;
+        constexpr int kLanes = decltype(lanes)::value;
+        if (p.bias.present()) return launch_norm<T, kBefore, kSegmentLanes, Grid::kOther, true>(p, device, stream);
+        switch (grid) {
+            case Grid::kWhole: return launch_norm<T, kBefore, kLanes, Grid::kWhole>(p, device, stream);
+            case Grid::kSame: return launch_norm<T, kBefore, kLanes, Grid::kSame>(p, device, stream);
+            case Grid::kOther: return launch_norm<T, kBefore, kLanes, Grid::kOther>(p, device, stream);
+        }
     };
-    using Yes = std::true_type;
-    using No = std::false_type;
-    if (norm_before_gate) return general ? with_order(Yes{}, Yes{}) : with_order(Yes{}, No{});
-    return general ? with_order(No{}, Yes{}) : with_order(No{}, No{});
+    const auto with_lanes = [&](auto lanes) {
+        return norm_before_gate ? with_order(std::true_type{}, lanes) : with_order(std::false_type{}, lanes);
+    };
+    if (p.segments == 1) return with_lanes(std::integral_constant<int, 32>{});
+    with_lanes(std::integral_constant<int, kSegmentLanes>{});
 }
 
 }  // namespace
@@ -53,8 +79,10 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
     STD_TORCH_CHECK(x.dim() == 2, "shedder_cuda::gated_rmsnorm takes x (rows, D)");
     const int64_t rows = x.size(0), width = x.size(1);
     const int64_t size = element_size(x.scalar_type());
-    STD_TORCH_CHECK(1 <= width && width <= kMaxNormThreads * (16 / size), "shedder_cuda::gated_rmsnorm: D is ", width,
-                    "; accepted: up to ", kMaxNormThreads * (16 / size));
+    const int64_t vector = 16 / size;
+    const int64_t widest = kMaxNormThreads * kNormVectors * vector - (width % vector ? vector - 1 : 0);
+    STD_TORCH_CHECK(1 <= width && width <= widest, "shedder_cuda::gated_rmsnorm: D is ", width, "; accepted: up to ",
+                    widest);
     STD_TORCH_CHECK(!segments.empty() && segments.size() <= kMaxSegments && eps.size() == segments.size(),
                     "shedder_cuda::gated_rmsnorm takes 1 to ", kMaxSegments, " segments, with an eps for each");
     GatedRMSNormParams p{};
@@ -65,6 +93,7 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
         STD_TORCH_CHECK(segments[s] >= 1 && segments[s] <= width, "shedder_cuda::gated_rmsnorm: segment ", s, " has ",
                         segments[s], " channels");
         p.bounds[s + 1] = p.bounds[s] + static_cast<int>(segments[s]);
+        p.inverse[s] = 1.f / static_cast<float>(segments[s]);
         p.eps[s] = static_cast<float>(eps[s]);
     }
     STD_TORCH_CHECK(p.bounds[p.segments] == width, "shedder_cuda::gated_rmsnorm: segments add up to ",
@@ -93,13 +122,11 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
     STD_TORCH_CHECK(y.is_contiguous(), "shedder_cuda::gated_rmsnorm: y is not contiguous");
     p.y = y.mutable_data_ptr();
     if (rows == 0) return;
-    const bool aligned = width * size % 16 == 0 && on_grid(p.x, size, {p.x_row_stride}) && on_grid(p.y, size, {width})
-        && (p.z == nullptr || on_grid(p.z, size, {p.z_row_stride}));
     const torch::stable::accelerator::DeviceGuard guard(arguments.device);
     const cudaStream_t stream = current_stream(arguments.device);
     with_type(kNormOp, x.scalar_type(), [&](auto *type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        launch_norm<T, 2>(p, norm_before_gate, aligned, arguments.device, stream);
+        launch_norm<T>(p, norm_before_gate, arguments.device, stream);
     });
     check_launch(kNormOp);
 }

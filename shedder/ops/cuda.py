@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ from shedder import native
 from shedder.triton_kernels.packed import sequence_runs
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MEMORY_BOUND = ("state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm")
-_NORM_BYTES = 16384           # of one row: what a CTA holds in registers
-_NORM_SEGMENTS = 128
+_MEMORY_BOUND = ("state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm", "removed_ssm")
+_NORM_THREADS, _NORM_VECTORS, _NORM_SEGMENTS = 512, 2, 128       # of the CTA that holds a row in registers
+_REMOVED_THREADS, _REMOVED_SEGMENTS = 640, 64
+_CHANNEL_STATES = 16          # that one thread holds in a decode step of Mamba-1
 _SMALL_BATCH = 8              # a decode step's time up to here is the host's, of which this backend takes least
 
 
@@ -135,17 +137,34 @@ def _supports_memory_bound(op: str, facts: dict[str, Any]) -> str | None:
     if op.startswith("causal_conv1d") and not 1 <= facts.get("width", 1) <= 4:
         return f"width {facts['width']}; accepted: 1..4"
     if op == "state_update" and facts.get("batch", 1) > _SMALL_BATCH:
-        if facts.get("heads", 2) == 1:
-            return f"a batch of {facts['batch']} of one head: the Triton kernel takes less time than this one"
-        vector = 16 // facts.get("state_dtype", torch.float32).itemsize
-        if facts.get("dstate", vector) % vector:
-            return f"dstate {facts['dstate']}, no multiple of {vector}: not known to be faster than Triton"
-    if op == "gated_rmsnorm":
-        widest = _NORM_BYTES // facts.get("dtype", torch.float32).itemsize
-        if facts.get("width", 1) > widest:
-            return f"width {facts['width']}; accepted: up to {widest} for this dtype"
-        if len(facts.get("segments", ())) > _NORM_SEGMENTS:
-            return f"{len(facts['segments'])} segments; accepted: up to {_NORM_SEGMENTS}"
+        dstate, state_bytes = facts.get("dstate", 16), facts.get("state_dtype", torch.bfloat16).itemsize
+        if facts.get("heads", 2) > 1 or dstate > _CHANNEL_STATES or dstate % 4 or state_bytes == 4:
+            return (f"a batch of {facts['batch']}: the Triton kernel takes less time, except for one head with 4, 8, "
+                    "12 or 16 states of 2 bytes")
+    if op in ("gated_rmsnorm", "removed_ssm"):
+        return _supports_row(op, facts)
+    return None
+
+
+def _supports_row(op: str, facts: dict[str, Any]) -> str | None:
+    """A CTA holds a row; each segment of the norm takes whole groups of 8 lanes, of 32 where it is alone."""
+    vector = 16 // facts.get("dtype", torch.float32).itemsize
+    width = facts.get("channels" if op == "removed_ssm" else "width", 1)
+    segments = facts.get("segments") or (width,)
+    ends = itertools.accumulate(segments)
+    is_whole = all(end % vector == 0 for end in ends)
+    if op == "removed_ssm":
+        if not (is_whole and facts.get("whole_vectors", True)):
+            return "rows or segments off the grid of 16 bytes"
+        most, threads = _REMOVED_SEGMENTS, _REMOVED_THREADS
+    else:
+        most, threads = _NORM_SEGMENTS, _NORM_THREADS * _NORM_VECTORS
+    if len(segments) > most:
+        return f"{len(segments)} segments; accepted: up to {most}"
+    lanes = 32 if len(segments) == 1 else 8
+    reach = 0 if is_whole else vector - 1                    # back to the grid point before a segment
+    if lanes * sum(-(-(size + reach) // (lanes * vector)) for size in segments) > threads:
+        return f"width {width} in {len(segments)} segments takes more than {threads} vectors of {vector} channels"
     return None
 
 
@@ -192,6 +211,15 @@ def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | No
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _op("gated_rmsnorm")(_flat_rows(x), weight, bias, None if z is None else _flat_rows(z), segments, eps,
                          norm_before_gate, y.view(-1, width))
+    return y
+
+
+def removed_ssm(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor | None,
+                norm_weight: Tensor | None, segments: list[int], eps: list[float], norm_before_gate: bool,
+                initial_states: Tensor | None) -> Tensor:
+    """y; see shedder.reference.removed_ssm."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _op("removed_ssm")(x, z, weight, bias, D, norm_weight, segments, eps, norm_before_gate, initial_states, y)
     return y
 
 

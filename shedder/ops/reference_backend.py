@@ -122,6 +122,16 @@ def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | No
     return _into(torch.empty(x.shape, dtype=x.dtype, device=x.device), y)
 
 
+def removed_ssm(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor | None,
+                norm_weight: Tensor | None, segments: list[int], eps: list[float], norm_before_gate: bool,
+                initial_states: Tensor | None) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    return _into(out, reference.removed_ssm(x, z, weight, bias, D, norm_weight, segments=segments, eps=eps,
+                                            norm_before_gate=norm_before_gate, initial_states=initial_states))
+
+
 def _own(state: Tensor, initial: Tensor | None) -> Tensor:
     """A state that is no view of an input: an empty sequence hands its initial state back."""
     return state if initial is None else state.clone()
