@@ -51,7 +51,7 @@ tr:last-child td { border-bottom: 0; }
 .axis span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .fate { display: inline-block; border-radius: 999px; padding: 0 9px; font-size: 12px; line-height: 20px;
   background: var(--gone); color: var(--ink); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 12px; margin-top: 12px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 12px; margin-top: 12px; }
 .charts .panel { margin: 0; }
 figure { margin: 0; } figcaption { font-size: 13px; color: var(--soft); margin-bottom: 6px; }
 svg { display: block; width: 100%; height: auto; }
