@@ -134,7 +134,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def files(root: Path = RESULTS) -> list[Path]:
-    return sorted(root.glob("*/*.json"))
+    """Of kernels and models; quality.json has figures of another kind, see bench/quality.py."""
+    return sorted(path for path in root.glob("*/*.json") if path.stem != "quality")
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:

@@ -49,24 +49,29 @@ def together(out: Path, log: Path) -> None:
 
 
 def killed(out: Path, log: Path, kills: int, seed: int) -> None:
-    """Forks a search and kills it, until it has been killed so often; then lets it end. Writes when it was killed."""
+    """Forks a search and kills it at random points, so often; then lets it end. Writes how long the log was each time.
+
+    Each is killed within some milliseconds of having written a random number of bytes more than the one before.
+    """
     draw = random.Random(seed)
-    started = time.perf_counter()
-    (out / "whole.json").write_text(plan(None).to_json())
-    longest = (time.perf_counter() - started) / 5
-    lengths: list[int] = []
-    while len(lengths) < kills:
-        lengths, longest = [], longest / 2             # a search that ended too early starts anew, and is killed sooner
-        log.unlink(missing_ok=True)
-        while len(lengths) < kills:
-            child = _fork(out, log)
-            time.sleep(draw.uniform(0, longest))
-            os.kill(child, signal.SIGKILL)
-            if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
-                break
-            lengths.append(log.stat().st_size if log.exists() else 0)
+    whole = out / "whole.jsonl"
+    (out / "whole.json").write_text(plan(whole).to_json())
+    lengths = [0]
+    while len(lengths) <= kills:
+        child = _fork(out, log)
+        until = lengths[-1] + draw.randrange(whole.stat().st_size // (2 * kills))
+        while _size(log) < until:
+            time.sleep(1e-4)
+        time.sleep(draw.uniform(0, 0.01))
+        os.kill(child, signal.SIGKILL)
+        if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            lengths.append(_size(log))
     os.waitpid(_fork(out, log), 0)
-    (out / "lengths.json").write_text(json.dumps(lengths))
+    (out / "lengths.json").write_text(json.dumps(lengths[1:]))
+
+
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
 
 
 def _fork(out: Path, log: Path) -> int:

@@ -196,7 +196,7 @@ def test_ten_kills_at_random_times_change_nothing(tmp_path):
                    timeout=300)
     lengths = json.loads((tmp_path / "lengths.json").read_text())
     assert len(lengths) == 10
-    assert len(set(lengths)) > 3                       # it was killed at different points, and went on between them
+    assert len(set(lengths)) > 5                       # it was killed at different points, and went on between them
     assert (tmp_path / "resumed.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
@@ -303,9 +303,11 @@ CONFIGS["scan groups"] = ModelConfig("mamba1", d_model=16, vocab_size=32, layers
 @pytest.mark.parametrize(("name", "axis"), [
     ("groups", "group"), ("groups", "head_channel"), ("groups", "mlp"), ("groups", "tap"), ("scan groups", "group"),
     ("scan groups", "rank"), ("scan groups", "tap"), ("groups", "head"), ("scan groups", "channel")])
-@pytest.mark.parametrize("bundle", [0.25, 1, None])
+@pytest.mark.parametrize("bundle", [0.25, 3, None])
 def test_every_axis_goes_down_to_what_must_stay(name, axis, bundle):
     """A search for more than there is says so; what it had removed by then is a legal plan that compacts."""
+    if bundle is None and axis == "channel":
+        pytest.skip("64 candidates a step: takes long and shows nothing more")
     model, records = model_of(name), []
     least = 1.05 * 33 * 16 / parameter_count(model.config)                     # little more than embedding and norm
     with pytest.raises(ValueError, match="nothing is left to remove"):
