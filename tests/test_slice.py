@@ -250,12 +250,16 @@ def test_dtypes_ties_and_gradients_are_kept():
 def bf16_case(family: str) -> tuple[ModelConfig, Plan]:
     if family == "mamba1":
         return (ModelConfig(family, d_model=64, vocab_size=128, layers=(ScanLayout(128, 16, 4),) * 3),
-                Plan(family, {0: LayerPlan(channels=tuple(range(40)), states=((1, 2, 9),)), 1: LayerPlan(ssm=True)}))
+                Plan(family, {0: LayerPlan(channels=tuple(range(40)), states=((1, 2, 9),)), 1: LayerPlan(ssm=True),
+                              2: LayerPlan(ranks=2, taps=1)}))
     layout = SSDLayout(headdim=8, dstate=16, ngroups=2, head_to_group=(0,) * 8 + (1,) * 8,
-                       norm_segments=(NormSegment(64, 1e-5), NormSegment(64, 1e-5)))
+                       norm_segments=(NormSegment(64, 1e-5), NormSegment(64, 1e-5)), mlp_channels=16)
     return (ModelConfig(family, d_model=64, vocab_size=128, layers=(layout,) * 3),
             Plan(family, {0: LayerPlan(heads=(0, 3, 5, 9), states=((0, 1, 2), (3, 4, 5))),
-                          1: LayerPlan(ssm=True, heads=(1, 2, 3)), 2: LayerPlan(heads=(0, 1, 2, 3, 4))}))
+                          1: LayerPlan(ssm=True, heads=(1, 2, 3), mlp=(0, 5)),
+                          2: LayerPlan(heads=(0, 1, 2, 3, 4), merge=((0, 1),), taps=1,
+                                       head_channels=tuple((h % 8, (3 * h + 1) % 8) if h % 8 != (3 * h + 1) % 8
+                                                           else (0, 5) for h in range(16)))}))
 
 
 @pytest.mark.parametrize("family", ["mamba2", "mamba1"])
