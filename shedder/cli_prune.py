@@ -16,7 +16,6 @@ from shedder.checkpoint import check_target
 from shedder.evaluate import perplexity
 from shedder.nn import LanguageModel
 from shedder.prune import Plan, Scores, score, search, solve
-from shedder.prune.calibration import calibration_of
 from shedder.prune.greedy import RULES
 from shedder.prune.mamba_shedder import from_mamba_shedder, is_mamba_shedder
 from shedder.prune.parallel import Workers, torchrun
@@ -24,7 +23,6 @@ from shedder.prune.plan import NORM_REPAIRS, REPAIRS
 from shedder.prune.scores import METHODS
 from shedder.prune.search import SEARCHES
 from shedder.prune.size import parameter_count, state_bytes
-from shedder.prune.statistics import dense_statistics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -75,23 +73,22 @@ def _plan_of(arguments: argparse.Namespace, model: LanguageModel, text: str | No
 def _apply(arguments: argparse.Namespace, model: LanguageModel, plan: Plan, text: str | None,
            heldout: str | None, stored: torch.dtype) -> None:
     """Compacts, saves, and reports on what was saved."""
-    statistics = None
-    if plan.needs_statistics:
-        if text is None:
-            raise ValueError(f"--text is missing; the plan's norm repair is {plan.norm_repair!r} with repairs "
-                             f"{list(plan.repairs)}, fitted on calibration text")
-        statistics = dense_statistics(model, calibration_of(model, text, plan.provenance), plan.repairs)
-    shedder.compact(model, plan, statistics).to(dtype=stored).save_pretrained(arguments.out)
+    if plan.needs_statistics and text is None:
+        raise ValueError(f"--text is missing; the plan's norm repair is {plan.norm_repair!r} with repairs "
+                         f"{list(plan.repairs)}, fitted on calibration text")
+    shedder.compact(model, plan, text).to(dtype=stored).save_pretrained(arguments.out)
     small = load_model(arguments, arguments.out)
     if arguments.save_plan is not None:
         plan.to_json(arguments.save_plan)
-    quality = None
+    quality, along = None, None
     if heldout is not None:
         tokens = torch.tensor(model.tokenizer.encode(heldout))
         quality = perplexity(model, tokens), perplexity(small, tokens)
+        if arguments.points:
+            along = report.perplexity_along(model, plan, text, tokens, arguments.points)
     times = list(latency.compare({"dense": model, "compacted": small}).values()) if arguments.measure else []
     done = report.collect(f"{arguments.model} pruned to {arguments.out}", model.config, plan, perplexity=quality,
-                          latency=times)
+                          along=along, latency=times)
     written = [] if arguments.report is None else report.write(done, arguments.report)
     if arguments.json:
         print_json({"out": str(arguments.out), "plan": json.loads(plan.to_json()),
@@ -242,6 +239,8 @@ def add_prune_commands(command: Command) -> None:
     prune.add_argument("--report", type=Path, metavar="FILE.html",
                        help="write an HTML report, and beside it the search as CSV and PNG")
     prune.add_argument("--heldout", type=Path, metavar="TEXT", help="text for the perplexity before and after")
+    prune.add_argument("--points", type=int, default=0, metavar="N",
+                       help="with --heldout: the perplexity of N models along the search, for the report")
     prune.add_argument("--measure", action="store_true", help="measure prefill and decode time before and after")
     group = prune.add_argument_group("the search")
     group.add_argument("--budget", nargs="+", default=["params=0.7"], metavar="NAME=SHARE",

@@ -13,11 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from tqdm import tqdm
+
+from shedder.evaluate import perplexity as perplexity_of
 from shedder.latency import Latency
 from shedder.layout import RemovedBlock, RemovedSSM
+from shedder.nn import LanguageModel
 from shedder.nn.config import ModelConfig
 from shedder.prune.plan import LayerPlan, Plan, write_atomically
+from shedder.prune.search import prefix
 from shedder.prune.size import flops, layer_parameters, parameter_count, state_bytes
+from shedder.prune.slice import compact
 from shedder.prune.units import ALL, Axis
 from shedder.prune.words import describe_layout
 
@@ -66,7 +73,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Point:
-    """One step of the search. Shares are of the dense model; perplexity is on the calibration text."""
+    """One step of the search. Shares are of the dense model; perplexity is on the text that the report names."""
 
     step: int
     layer: int | None                                   # None: nothing is removed yet
@@ -88,15 +95,18 @@ class Report:
     points: tuple[Point, ...]
     plan: Plan
     d_model: tuple[int, int]
+    text: str                                           # of the perplexity of points
     notes: tuple[str, ...] = field(default=())
 
 
 def collect(title: str, before: ModelConfig, plan: Plan, *, perplexity: tuple[float, float] | None = None,
-            latency: Sequence[Latency] = (), notes: Sequence[str] = ()) -> Report:
+            along: Mapping[int, float] | None = None, latency: Sequence[Latency] = (), notes: Sequence[str] = ()
+            ) -> Report:
     """Gathers the report of a plan for a model of config `before`.
 
     Args:
         perplexity: before and after, on a text that the search did not see.
+        along: the perplexity after some steps of the search on such a text; the default is the search's own.
         latency: before and after, measured in one run.
     """
     after = plan.compacted_config(before)
@@ -112,8 +122,24 @@ def collect(title: str, before: ModelConfig, plan: Plan, *, perplexity: tuple[fl
                               small.prefill_ms, 2))
         figures.append(Figure("decode time", f"ms per token, {where}", dense.decode_ms, small.decode_ms, 3))
     layers = tuple(_layer(index, before, after, plan) for index in range(len(before.layers)))
-    return Report(title, before.family, tuple(figures), layers, _points(before, plan), plan,
-                  (before.d_model, after.d_model), tuple(notes))
+    return Report(title, before.family, tuple(figures), layers, _points(before, plan, along), plan,
+                  (before.d_model, after.d_model), "calibration text" if along is None else "held-out text",
+                  tuple(notes))
+
+
+def perplexity_along(model: LanguageModel, plan: Plan, text: str | None, heldout: Tensor, count: int
+                     ) -> dict[int, float]:
+    """The perplexity on held-out tokens after about `count` steps of the search, the first and the last among them.
+
+    text: what compact() fits the plan's repairs on.
+    """
+    last = len(plan.provenance.get("trajectory", [])) - 1
+    if last < 1 or count < 2:
+        raise ValueError(f"points is {count}, the plan has {max(last, 0)} steps; accepted: 2 or more points of a "
+                         "plan that search() found")
+    steps = sorted({round(last * number / (count - 1)) for number in range(count)})
+    return {step: perplexity_of(compact(model, prefix(plan, step), text), heldout)
+            for step in tqdm(steps, desc="points of the search")}
 
 
 def _layer(index: int, before: ModelConfig, after: ModelConfig, plan: Plan) -> LayerReport:
@@ -138,7 +164,7 @@ def _kept(axis: Axis, layout: Any, cut: LayerPlan) -> KeptUnits:
     return KeptUnits(axis.name, rows)
 
 
-def _points(before: ModelConfig, plan: Plan) -> tuple[Point, ...]:
+def _points(before: ModelConfig, plan: Plan, along: Mapping[int, float] | None) -> tuple[Point, ...]:
     records = plan.provenance.get("trajectory")
     if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
         return ()
@@ -149,7 +175,7 @@ def _points(before: ModelConfig, plan: Plan) -> tuple[Point, ...]:
         removed = str(LayerPlan.from_json(record["removed"])) if "removed" in record else ""
         points.append(Point(record["step"], record.get("layer"), record.get("axis", ""), removed,
                             shares["params"] or 0.0, shares["state"] or 0.0, shares["flops"],
-                            record.get("perplexity")))
+                            record.get("perplexity") if along is None else along.get(record["step"])))
     return tuple(Point(**{**vars(point), "is_pareto": _is_pareto(point, points)}) for point in points)
 
 
@@ -202,7 +228,7 @@ def draw(report: Report, path: Path) -> None:
         some = [(share, perplexity) for share, perplexity, is_pareto in points if is_pareto == front]
         if some:
             axis.plot(*zip(*some, strict=True), "o", color=color, markersize=5, label=label)
-    axis.set(title=report.title, xlabel="parameters left, %", ylabel="perplexity on calibration text")
+    axis.set(title=report.title, xlabel="parameters left, %", ylabel=f"perplexity on {report.text}")
     axis.invert_xaxis()
     axis.grid(alpha=0.3)
     if points:

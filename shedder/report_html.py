@@ -186,12 +186,14 @@ def _search(report: Report) -> str:
                      for axis in used)
     charts = [_chart("What is left, step by step", points, lambda point: point.step,
                      lambda point: 100 * point.params, "step", "parameters left, %", False)]
-    if all(point.perplexity is not None and math.isfinite(point.perplexity) for point in points):
-        charts = [_chart("Parameters against perplexity; ringed points are the Pareto front", points,
+    known = [point for point in points if point.perplexity is not None and math.isfinite(point.perplexity)]
+    if len(known) > 1:
+        quality = f"perplexity on {report.text}"
+        charts = [_chart("Parameters against perplexity; ringed points are the Pareto front", known,
                          lambda point: 100 * point.params, lambda point: point.perplexity or 0.0,
-                         "parameters left, %", "perplexity on calibration text", True),
-                  _chart("Perplexity, step by step", points, lambda point: point.step,
-                         lambda point: point.perplexity or 0.0, "step", "perplexity on calibration text", False)]
+                         "parameters left, %", quality, True),
+                  _chart("Perplexity, step by step", known, lambda point: point.step,
+                         lambda point: point.perplexity or 0.0, "step", quality, False)]
     method = report.plan.provenance.get("method", "search")
     return (f"<h2>The search</h2><p>{escape(str(method)).capitalize()}: {len(points) - 1} steps. A point is the model "
             f'after a step; its colour says what the step removed.</p><div class="legend">{legend}</div>'

@@ -13,10 +13,11 @@ import torch
 
 import shedder
 from shedder import report
+from shedder.evaluate import perplexity
 from shedder.latency import Latency
 from shedder.layout import NormSegment, ScanLayout, SSDLayout
 from shedder.nn import LanguageModel, ModelConfig
-from shedder.prune import LayerPlan, Plan
+from shedder.prune import LayerPlan, Plan, search
 from shedder.report_html import render
 
 SSD = SSDLayout(headdim=4, dstate=6, ngroups=2, head_to_group=(0, 0, 1, 1), norm_segments=(NormSegment(8, 1e-5),) * 2)
@@ -123,6 +124,27 @@ def test_a_plan_by_hand_has_a_report_without_a_search(tmp_path):
     written = report.write(build(), tmp_path / "deep/er/report.html")
     assert [path.name for path in written] == ["report.html"]
     assert "The search" not in written[0].read_text()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_points_along_the_search_are_those_models_on_held_out_text(family, tmp_path):
+    torch.manual_seed(0)
+    dense = LanguageModel(CONFIGS[family])
+    tokens = torch.randint(32, (300,))
+    plan = search(dense, tokens, {"params": 0.6}, method="one-shot", score="taylor1", norm_repair="exact",
+                  sequences=2, length=32, progress=False)
+    assert all(point.perplexity is None for point in report.collect("", dense.config, plan).points)
+    heldout = torch.randint(32, (1200,))
+    along = report.perplexity_along(dense, plan, None, heldout, 3)
+    last = len(plan.provenance["trajectory"]) - 1
+    assert sorted(along) == [0, round(last / 2), last]
+    assert along[0] == pytest.approx(perplexity(dense, heldout))
+    assert along[last] == pytest.approx(perplexity(shedder.compact(dense, plan), heldout))
+    found = report.collect("t", dense.config, plan, along=along)
+    assert [point.step for point in found.points if point.perplexity is not None] == sorted(along)
+    assert "perplexity on held-out text" in render(found)
+    with pytest.raises(ValueError, match="points is 1, the plan has"):
+        report.perplexity_along(dense, plan, None, heldout, 1)
 
 
 def test_csv_and_png_lie_beside_the_page(tmp_path):
