@@ -20,7 +20,7 @@ comma := ,
 BUILT := $(VENV)/built-for-$(or $(subst ;,$(comma),$(subst $() ,$(comma),$(SHEDDER_CUDA_ARCHS))),visible)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type d -o -name "*.cpp" -o -name "*.h" -o -name "*.cu*")
 
-.PHONY: demo test test-gpu lint build bench clean
+.PHONY: demo test test-slow test-gpu lint build bench clean
 .DEFAULT_GOAL := build
 
 build: $(BUILT)
@@ -29,7 +29,10 @@ demo: $(BUILT)
 	$(RUN) demo/demo.py --family $(FAMILY)
 
 test: $(BUILT)
-	$(RUN) -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(RUN) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-slow: $(BUILT)
+	$(RUN) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(BUILT)
 	$(RUN) -m pytest -m gpu $(PYTEST_ARGS)
