@@ -20,6 +20,7 @@ from shedder.prune.scores import METHODS, ScoresError
 from shedder.prune.scores.states import controllability_observability, h_infinity
 from shedder.prune.scores.table import layer_adaptive
 from shedder.prune.scores.taylor import _gradients, first_order, second_order
+from shedder.prune.units import AXES
 
 ROWS = TOKENS[:39].view(3, 13)
 DRAWN = {"sequences": 3, "length": 12, "batch": 2}
@@ -70,6 +71,15 @@ def test_dead_units_are_worth_least_and_shapes_fit(name, method):
             if axis in axes:
                 assert scores.layers[1][axis][unit].abs() <= 1e-12 * scores.layers[1][axis].abs().max()
     assert all(values.isfinite().all() for layer in scores.layers for values in layer.values())
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba1", "pruned"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_score_belongs_to_a_unit(name, method):
+    scores = score(model_of(name), TOKENS, method, AXES[CONFIGS[name].family] if method == "perplexity" else None,
+                   levels=2, progress=False, **DRAWN)
+    scores.check(CONFIGS[name])
+    assert any(scores.layers)
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba1", "pruned"])

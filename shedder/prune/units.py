@@ -40,6 +40,10 @@ class Axis(ABC):
     def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
         """The cut of a layer of this layout that takes these units."""
 
+    def is_in(self, layout: LayerLayout) -> bool:
+        """Whether a layer of this layout has units that may go."""
+        return any(self.whole or len(row) > self.keeps for row in self.rows(layout))
+
 
 class BlockAxis(Axis):
     name, families, whole = "block", ("mamba1", "mamba2"), True

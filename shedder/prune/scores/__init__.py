@@ -79,7 +79,8 @@ def score_rows(model: LanguageModel, sweep: Sweep, method: str, axes: Sequence[s
     finally:
         model.train(was_training)
     known = {axis for scores in layers for axis in scores}
-    missing = sorted(set(axes or ()) - known)
+    there = {axis.name for axis in sweep.axes if any(axis.is_in(layout) for layout in model.config.layers)}
+    missing = sorted(there.intersection(axes or ()) - known)
     if missing:
         raise ValueError(f"method {method!r} has no scores for {missing}; it has {sorted(known)}")
     kept = tuple({axis: values.detach().double().cpu() for axis, values in scores.items()

@@ -126,7 +126,7 @@ def with_groups(config: ModelConfig, layers: Sequence[dict[str, Tensor]]) -> lis
     for layout, scores in zip(config.layers, layers, strict=True):
         units = scores.get("head", scores.get("channel"))
         groups = group_of(layout)
-        if units is not None and groups and "group" not in scores:
+        if units is not None and max(groups, default=0) > 0 and "group" not in scores:
             sums = torch.zeros(max(groups) + 1, dtype=units.dtype, device=units.device)
             scores = {**scores, "group": sums.index_add(0, torch.tensor(groups, device=units.device), units)}
         found.append(scores)
