@@ -30,7 +30,7 @@ from shedder.prune.units import DEFAULT_AXES, Axis, axes_named
 from shedder.text import Tokenizer
 
 SEARCHES = ("greedy", "one-shot")
-DEFAULT_SCORE = {"greedy": "contribution", "one-shot": "taylor2"}
+DEFAULT_SCORE = {"greedy": "contribution", "one-shot": "taylor1"}
 
 Score = str | Mapping[str, str] | Scores | os.PathLike[str]
 Progress = bool | Callable[[dict[str, Any]], None]
@@ -65,7 +65,7 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
         rule: of greedy. "rise_per_size" removes what raises log-perplexity least per share of the budget's measure
             that it removes (shares of the measures not yet met are added), which makes axes comparable; what lowers
             perplexity goes first. "perplexity" is plain Mamba-Shedder: the lowest perplexity wins, whatever its size.
-        score: what ranks units: a method of shedder.prune.scores (greedy: "contribution", one-shot: "taylor2"), one
+        score: what ranks units: a method of shedder.prune.scores (greedy: "contribution", one-shot: "taylor1"), one
             for each axis, {"head": "activation", "state": "ghost"}, or scores that were saved, or their file.
         bundle: heads, channels and states go in bundles of this share of a layer's number, or of this number if it
             is an integer; {"head": 1, "state": 0.25} by axis. None (greedy only): each unit is a candidate.
