@@ -1,5 +1,7 @@
 """Every Triton kernel compiles for sm_90 without a GPU: no spills, little shared memory, at even and odd sizes."""
 
+import math
+import random
 import re
 import subprocess
 import sys
@@ -15,7 +17,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-from shedder.triton_kernels import causal_conv1d, gated_rmsnorm, selective_scan, ssd, state_update  # noqa: E402
+from shedder.triton_kernels import (  # noqa: E402
+    causal_conv1d,
+    gated_rmsnorm,
+    selective_scan,
+    ssd,
+    ssd_fused,
+    state_update,
+)
 
 SM90 = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY = 99 * 1024            # of one program on sm_86 and sm_89, the least of the GPUs we name
@@ -56,37 +65,51 @@ def compile_launch(kernel, args, kwargs):
 @pytest.fixture
 def check(monkeypatch):
     """Calls a launcher and compiles what it launches."""
-    def compile_all(launcher, *arguments):
+    def compile_all(launcher, *arguments, spills=0):
         recorder = Recorder(monkeypatch, sys.modules[launcher.__module__])
         launcher(*arguments)
         monkeypatch.undo()
         assert recorder.launches, "TRITON_INTERPRET is set"
         for launch in recorder.launches:
             spilled, shared = compile_launch(*launch)
-            assert spilled == 0
+            assert spilled <= spills
             assert shared <= SHARED_MEMORY
     return compile_all
 
 
-@pytest.mark.parametrize(("dtype", "headdim", "dstate"), [
-    (BF16, 64, 128), (BF16, 60, 100), (BF16, 61, 101), (BF16, 64, 256), (F32, 64, 128), (F32, 61, 101), (F32, 13, 256)])
-def test_ssd(check, dtype, headdim, dstate):
+def ssd_arguments(dtype, headdim, dstate):
     heads, groups, length = 5, 2, 100
     x = torch.empty(1, length, heads, headdim, dtype=dtype)
     B = torch.empty(1, length, groups, dstate, dtype=dtype)
     vector = torch.empty(heads)
-    check(ssd.ssd, x, x[..., 0], vector, B, B, vector, x, vector, True, 0.0, 1.0, torch.zeros(heads, dtype=torch.int32),
-          torch.empty(1, heads, headdim, dstate), torch.zeros(1, length, dtype=torch.int32))
+    return (x, x[..., 0], vector, B, B, vector, x, vector, True, 0.0, 1.0, torch.zeros(heads, dtype=torch.int32),
+            torch.empty(1, heads, headdim, dstate), torch.zeros(1, length, dtype=torch.int32))
 
 
-@pytest.mark.parametrize(("dtype", "channels", "dstate", "groups"), [
-    (BF16, 5120, 16, 1), (BF16, 37, 12, 1), (F32, 37, 5, 3), (F32, 64, 128, 1), (BF16, 61, 256, 2)])
-def test_selective_scan(check, dtype, channels, dstate, groups):
-    u, B = torch.empty(1, channels, 50, dtype=dtype), torch.empty(1, groups, dstate, 50, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "headdim", "dstate"), [
+    (BF16, 64, 256), (F32, 64, 128), (F32, 61, 101), (F32, 13, 256)])
+def test_ssd(check, dtype, headdim, dstate):
+    check(ssd.ssd, *ssd_arguments(dtype, headdim, dstate))
+
+
+@pytest.mark.parametrize(("headdim", "dstate", "spills"), [(64, 64, 100), (64, 128, 400), (60, 100, 600)])
+def test_ssd_fused(check, headdim, dstate, spills):
+    """A warp keeps a state of 64 x 128, scores and y at once: a few addresses move out of 255 registers, once a chunk.
+
+    With none spilled two launches took 2.4 times as long on an H200 (docs/measured-facts.md).
+    """
+    check(ssd_fused.ssd_fused, *ssd_arguments(BF16, headdim, dstate), spills=spills)
+
+
+@pytest.mark.parametrize(("dtype", "channels", "length", "dstate", "groups"), [
+    (BF16, 5120, 48, 16, 1), (BF16, 5120, 50, 16, 1), (BF16, 37, 50, 12, 1), (BF16, 640, 64, 8, 1), (F32, 37, 50, 5, 3),
+    (F32, 64, 50, 128, 1), (BF16, 61, 50, 256, 2)])
+def test_selective_scan(check, dtype, channels, length, dstate, groups):
+    u, B = torch.empty(1, channels, length, dtype=dtype), torch.empty(1, groups, dstate, length, dtype=dtype)
     vector = torch.empty(channels)
     check(selective_scan.selective_scan, u, u, torch.empty(channels, dstate), B, B, vector, u, vector, True,
           torch.empty(1, channels, dstate), torch.zeros(channels, dtype=torch.int32),
-          torch.zeros(1, 50, dtype=torch.int32))
+          torch.zeros(1, length, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (60, 100), (61, 101), (3, 256)])
@@ -118,3 +141,36 @@ def test_causal_conv1d(check, channels, channel_last):
 def test_gated_rmsnorm(check, segments):
     x, weight = torch.empty(3, sum(segments), dtype=BF16), torch.empty(sum(segments))
     check(gated_rmsnorm.gated_rmsnorm, x, weight, weight, x, segments, [1e-5] * len(segments), False)
+
+
+def variants(recorder):
+    """How many times the launches that were recorded make Triton compile."""
+    backend = make_backend(SM90)
+    keys = set()
+    for kernel, args, kwargs in recorder.launches:
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, options = bind(*args, **kwargs)
+        keys.add((kernel.__name__, str(specialization), str(sorted(options.items()))))
+    return len(keys)
+
+
+def test_layers_of_many_shapes_compile_few_kernels(monkeypatch):
+    """64 layers, no two alike, as a pruned model has them: the first output must not wait for 64 compilations."""
+    draw = random.Random(0)
+    scans, fused = Recorder(monkeypatch, selective_scan), Recorder(monkeypatch, ssd_fused)
+    for _ in range(64):
+        channels, dstate = draw.randint(300, 5120), draw.randint(2, 16)
+        u, projected = torch.empty(1, 100, channels, dtype=BF16).mT, torch.empty(1, 100, 30 + 2 * dstate, dtype=BF16)
+        B, C = (part.mT[:, None] for part in projected[..., 30:].chunk(2, dim=-1))
+        vector = torch.empty(channels)
+        selective_scan.selective_scan(u, u, torch.empty(channels, dstate), B, C, vector, u, vector, True,
+                                      None, None, None)
+
+        heads, headdim, dstate = draw.randint(5, 80), draw.randint(13, 64), draw.randint(5, 128)
+        inner, vector = heads * headdim, torch.empty(heads)
+        x, B, C = torch.empty(1, 100, inner + 2 * dstate, dtype=BF16).split([inner, dstate, dstate], dim=-1)
+        ssd_fused.ssd_fused(x.unflatten(-1, (heads, headdim)), torch.empty(1, 100, heads), vector, B[:, :, None],
+                            C[:, :, None], vector, None, vector, True, 0.0, math.inf,
+                            torch.zeros(heads, dtype=torch.int32), None, None)
+    assert 1 < variants(scans) <= 8
+    assert 1 < variants(fused) <= 8

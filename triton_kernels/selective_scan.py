@@ -39,24 +39,27 @@ def _later(t_left, left, t_right, right):
 
 
 @triton.jit
-def _stride(strides, AXIS: tl.constexpr, UNIT_AXIS: tl.constexpr, ALIGN: tl.constexpr):
-    """Strides come in units of ALIGN elements, but for one of 1 on UNIT_AXIS: so loads can be wide."""
-    if AXIS == UNIT_AXIS:
+def _stride(units, IS_UNIT: tl.constexpr, ALIGN: tl.constexpr):
+    """A stride of 1, known when compiling, or one that comes in units of ALIGN elements: so loads can be wide."""
+    if IS_UNIT:
         stride = tl.full((), 1, tl.int64)
     else:
-        stride = strides[AXIS].to(tl.int64) * ALIGN
+        stride = units.to(tl.int64) * ALIGN
     return stride
 
 
-_STRIDES = ["u_strides", "delta_strides", "A_strides", "B_strides", "C_strides", "z_strides", "initial_strides",
-            "y_strides", "D_stride", "bias_stride", "group_stride"]
+# Strides are named tensor_axis. What differs from layer to layer is not specialised, nor part of a
+# tuple (which would be): a model whose layers all differ compiles this kernel for few of them.
+_SIZES = ["length", "channels", "dstate", "u_b", "u_c", "u_t", "delta_b", "delta_c", "delta_t", "y_b", "y_c", "y_t",
+          "z_b", "z_c", "z_t", "B_b", "B_row", "B_n", "B_t", "C_b", "C_row", "C_n", "C_t"]
 
 
-@triton.jit(do_not_specialize=["length", "channels", "dstate", *_STRIDES])
+@triton.jit(do_not_specialize=_SIZES)
 def _selective_scan_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, initial_ptr, runs_ptr,
                            group_ptr, y_ptr, final_ptr, length, channels, dstate,
-                           u_strides, delta_strides, A_strides, B_strides, C_strides, z_strides,
-                           initial_strides, y_strides, D_stride, bias_stride, group_stride,
+                           u_b, u_c, u_t, delta_b, delta_c, delta_t, y_b, y_c, y_t, z_b, z_c, z_t,
+                           B_b, B_row, B_n, B_t, C_b, C_row, C_n, C_t, A_c, A_n, initial_b, initial_c, initial_n,
+                           D_c, bias_c, group_c,
                            SOFTPLUS: tl.constexpr, B_ROWS: tl.constexpr, C_ROWS: tl.constexpr,
                            UNIT_AXES: tl.constexpr, ALIGN: tl.constexpr,
                            BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr):
@@ -73,54 +76,51 @@ def _selective_scan_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, 
     first = (step == 0)[:, None, None]
     place = tl.broadcast_to(step[:, None, None], (STEPS, BLOCK_N, BLOCK_C))
 
-    u_step = _stride(u_strides, 2, UNIT_AXES[0], ALIGN)
-    delta_step = _stride(delta_strides, 2, UNIT_AXES[1], ALIGN)
-    y_step = _stride(y_strides, 2, UNIT_AXES[2], ALIGN)
-    B_step = _stride(B_strides, 3, UNIT_AXES[3], ALIGN)
-    C_step = _stride(C_strides, 3, UNIT_AXES[4], ALIGN)
-    u_ptrs = (u_ptr + batch * u_strides[0] * ALIGN + t[:, None] * u_step
-              + c[None, :] * _stride(u_strides, 1, UNIT_AXES[0], ALIGN))
-    delta_ptrs = (delta_ptr + batch * delta_strides[0] * ALIGN + t[:, None] * delta_step
-                  + c[None, :] * _stride(delta_strides, 1, UNIT_AXES[1], ALIGN))
-    y_ptrs = (y_ptr + batch * y_strides[0] * ALIGN + t[:, None] * y_step
-              + c[None, :] * _stride(y_strides, 1, UNIT_AXES[2], ALIGN))
+    u_step = _stride(u_t, UNIT_AXES[0] == 2, ALIGN)
+    delta_step = _stride(delta_t, UNIT_AXES[1] == 2, ALIGN)
+    y_step = _stride(y_t, UNIT_AXES[2] == 2, ALIGN)
+    z_step = _stride(z_t, UNIT_AXES[3] == 2, ALIGN)
+    B_step = _stride(B_t, UNIT_AXES[4] == 3, ALIGN)
+    C_step = _stride(C_t, UNIT_AXES[5] == 3, ALIGN)
+    u_ptrs = u_ptr + batch * u_b * ALIGN + t[:, None] * u_step + c[None, :] * _stride(u_c, UNIT_AXES[0] == 1, ALIGN)
+    delta_ptrs = (delta_ptr + batch * delta_b * ALIGN + t[:, None] * delta_step
+                  + c[None, :] * _stride(delta_c, UNIT_AXES[1] == 1, ALIGN))
+    y_ptrs = y_ptr + batch * y_b * ALIGN + t[:, None] * y_step + c[None, :] * _stride(y_c, UNIT_AXES[2] == 1, ALIGN)
     if z_ptr is not None:
-        z_step = _stride(z_strides, 2, UNIT_AXES[5], ALIGN)
-        z_ptrs = (z_ptr + batch * z_strides[0] * ALIGN + t[:, None] * z_step
-                  + c[None, :] * _stride(z_strides, 1, UNIT_AXES[5], ALIGN))
+        z_ptrs = z_ptr + batch * z_b * ALIGN + t[:, None] * z_step + c[None, :] * _stride(z_c, UNIT_AXES[3] == 1, ALIGN)
     if group_ptr is not None:
-        group = tl.load(group_ptr + c * group_stride, mask=in_c, other=0).to(tl.int64)
+        group = tl.load(group_ptr + c * group_c, mask=in_c, other=0).to(tl.int64)
     # ROWS is "shared", "group" or "channel": one row for all channels, or a row for each
-    B_ptr += batch * B_strides[0] * ALIGN
-    B_state = _stride(B_strides, 2, UNIT_AXES[3], ALIGN)
+    B_ptr += batch * B_b * ALIGN
+    B_state = _stride(B_n, UNIT_AXES[4] == 2, ALIGN)
     if B_ROWS == "shared":
         B_ptrs = B_ptr + t[:, None] * B_step + n[None, :] * B_state
     else:
-        B_row = c if B_ROWS == "channel" else group
+        row = c if B_ROWS == "channel" else group
         B_ptrs = (B_ptr + t[:, None, None] * B_step + n[None, :, None] * B_state
-                  + B_row[None, None, :] * _stride(B_strides, 1, UNIT_AXES[3], ALIGN))
-    C_ptr += batch * C_strides[0] * ALIGN
-    C_state = _stride(C_strides, 2, UNIT_AXES[4], ALIGN)
+                  + row[None, None, :] * _stride(B_row, UNIT_AXES[4] == 1, ALIGN))
+    C_ptr += batch * C_b * ALIGN
+    C_state = _stride(C_n, UNIT_AXES[5] == 2, ALIGN)
     if C_ROWS == "shared":
         C_ptrs = C_ptr + t[:, None] * C_step + n[None, :] * C_state
     else:
-        C_row = c if C_ROWS == "channel" else group
+        row = c if C_ROWS == "channel" else group
         C_ptrs = (C_ptr + t[:, None, None] * C_step + n[None, :, None] * C_state
-                  + C_row[None, None, :] * _stride(C_strides, 1, UNIT_AXES[4], ALIGN))
+                  + row[None, None, :] * _stride(C_row, UNIT_AXES[5] == 1, ALIGN))
     if runs_ptr is not None:
         runs_ptr += batch * length
 
-    A = tl.load(A_ptr + c[None, :] * A_strides[0] + n[:, None] * A_strides[1], mask=in_state, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + c[None, :] * A_c + n[:, None] * A_n, mask=in_state, other=0.0).to(tl.float32)
     A *= LOG2E
     bias = None
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c * bias_stride, mask=in_c, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + c * bias_c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     if D_ptr is not None:
-        D = tl.load(D_ptr + c * D_stride, mask=in_c, other=0.0).to(tl.float32)[None, :]
+        D = tl.load(D_ptr + c * D_c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     state = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if initial_ptr is not None:
-        state = tl.load(initial_ptr + batch * initial_strides[0] + c[None, :] * initial_strides[1]
-                        + n[:, None] * initial_strides[2], mask=in_state, other=0.0).to(tl.float32)
+        state = tl.load(initial_ptr + batch * initial_b + c[None, :] * initial_c + n[:, None] * initial_n,
+                        mask=in_state, other=0.0).to(tl.float32)
 
     for start in range(0, length, STEPS):
         exists = start + step < length
@@ -185,13 +185,14 @@ def _selective_scan_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, 
     tl.store(final_ptr + (batch * channels + c[None, :]) * dstate + n[:, None], state, mask=in_state)
 
 
-def _blocks(dstate: int, shared: bool) -> dict[str, int]:
+def _blocks(dstate: int, shared: bool, align: int) -> dict[str, int]:
     """Eight states to a thread; a warp for 256 states, so that a warp has 16 channels where N is 16.
 
-    With rows for each channel every state takes two pointers for each step: a quarter of it.
+    Loads of single elements hold an address for each: half the steps. With rows for each channel every state
+    takes two addresses for each step: a quarter of the steps, and half the states.
     """
     block_n = max(4, triton.next_power_of_2(dstate))
-    states, steps = (256, 4) if shared else (128, 2)
+    states, steps = (256, max(align, 4)) if shared else (128, 2)
     block_c = max(4, min(64, states // block_n))
     return {"BLOCK_C": block_c, "BLOCK_N": block_n, "STEPS": steps,
             "num_warps": max(1, block_c * block_n // states)}
@@ -221,19 +222,16 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     (B_rows, B_strides), (C_rows, C_strides) = _rows(B), _rows(C)
     if "group" not in (B_rows, C_rows):
         channel_to_group = None
-    strides = [u.stride(), delta.stride(), y.stride(), B_strides, C_strides, (0, 0, 0) if z is None else z.stride()]
+    strides = [u.stride(), delta.stride(), y.stride(), (0, 0, 0) if z is None else z.stride(), B_strides, C_strides]
     unit_axes = tuple(map(_unit_axis, strides))
-    wide = [s for one, unit in zip(strides, unit_axes, strict=True) for axis, s in enumerate(one) if axis != unit]
-    align = 8 if all(size % 8 == 0 for size in (length, *wide)) else 1
-    u_strides, delta_strides, y_strides, B_strides, C_strides, z_strides = (
-        tuple(s // align for s in one) for one in strides)
-    blocks = _blocks(dstate, B_rows == C_rows == "shared")
+    others = [s for one, unit in zip(strides, unit_axes, strict=True) for axis, s in enumerate(one) if axis != unit]
+    align = 8 if all(size % 8 == 0 for size in (length, *others)) else 1
+    blocks = _blocks(dstate, B_rows == C_rows == "shared", align)
     _selective_scan_kernel[(batch * triton.cdiv(channels, blocks["BLOCK_C"]),)](
         u, delta, A, B, C, D, z, delta_bias, initial_state, runs, channel_to_group, y, final_state,
-        length // align, channels, dstate,
-        u_strides, delta_strides, A.stride(), B_strides, C_strides, z_strides,
-        None if initial_state is None else initial_state.stride(), y_strides,
-        None if D is None else D.stride(0), None if delta_bias is None else delta_bias.stride(0),
-        None if channel_to_group is None else channel_to_group.stride(0),
+        length // align, channels, dstate, *(size // align for one in strides for size in one),
+        *A.stride(), *((0, 0, 0) if initial_state is None else initial_state.stride()),
+        0 if D is None else D.stride(0), 0 if delta_bias is None else delta_bias.stride(0),
+        0 if channel_to_group is None else channel_to_group.stride(0),
         SOFTPLUS=delta_softplus, B_ROWS=B_rows, C_ROWS=C_rows, UNIT_AXES=unit_axes, ALIGN=align, **blocks)
     return y, final_state

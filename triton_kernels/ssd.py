@@ -9,8 +9,9 @@
 #   h_out = exp(s[Q-1]) h_in + sum_j exp(s[Q-1] - s[j]) dt[j] x[j] B[j]
 #   y[t]  = sum_{j <= t} (C[t] . B[j]) exp(s[t] - s[j]) dt[j] x[j]  +  exp(s[t]) C[t] h_in
 #
-# Two launches. States: one program owns a tile of P x N of one head and walks along the chunks,
-# leaving the state before each of them. Outputs: one program owns (chunk, head, tile of P).
+# 16-bit operands with N up to 128 take the one launch of ssd_fused.py, the others two launches. States:
+# one program owns a tile of P x N of one head and walks along the chunks, leaving the state
+# before each of them. Outputs: one program owns (chunk, head, tile of P).
 # Exponents are differences of s taken before exp, so nothing overflows that the recurrence
 # would not; s is summed in fp64 and its differences are taken with two fp32 numbers, so a
 # strong decay early in a chunk costs the later tokens no digits.
@@ -22,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .packed import sequence_runs
-from .pointwise import discrete_dt, silu
+from .pointwise import LOG2E, discrete_dt, silu
+from .ssd_fused import ssd_fused
 
 
 @triton.jit
@@ -65,7 +67,7 @@ def _ssd_states_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, dt_bias_ptr, head_to_group_p
     dt_ptr += batch * dt_strides[0] + head * dt_strides[2]
     B_ptr += batch * B_strides[0] + group * B_strides[2]
     states_ptr += (batch * tl.cdiv(length, Q) * heads + head) * headdim * dstate
-    A = tl.load(A_ptr + head * A_stride).to(tl.float32)
+    A = tl.load(A_ptr + head * A_stride).to(tl.float32) * LOG2E
     bias = None
     if dt_bias_ptr is not None:
         bias = tl.load(dt_bias_ptr + head * dt_bias_stride).to(tl.float32)
@@ -87,8 +89,8 @@ def _ssd_states_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, dt_bias_ptr, head_to_group_p
                                DT_SOFTPLUS, DT_LIMITED)
         decay = (dt * A).to(tl.float64)
         total = tl.sum(decay, 0)
-        to_state = tl.exp((total - tl.cumsum(decay, 0)).to(tl.float32)) * dt
-        keep = tl.exp(total.to(tl.float32))
+        to_state = tl.exp2((total - tl.cumsum(decay, 0)).to(tl.float32)) * dt
+        keep = tl.exp2(total.to(tl.float32))
         if runs_ptr is not None:
             run_out = tl.max(run, 0)                      # runs never decrease
             to_state = tl.where(run == run_out, to_state, 0.0)
@@ -139,7 +141,7 @@ def _ssd_outputs_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bia
         scores = tl.dot(C, B, scores, input_precision="tf32x3")
         y = tl.dot(C, state, y, input_precision="tf32x3")
 
-    A = tl.load(A_ptr + head * A_stride).to(tl.float32)
+    A = tl.load(A_ptr + head * A_stride).to(tl.float32) * LOG2E
     bias = None
     if dt_bias_ptr is not None:
         bias = tl.load(dt_bias_ptr + head * dt_bias_stride).to(tl.float32)
@@ -153,13 +155,13 @@ def _ssd_outputs_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bia
     s_low = (s - s_high.to(tl.float64)).to(tl.float32)
     segment = (s_high[:, None] - s_high[None, :]) + (s_low[:, None] - s_low[None, :])
     seen = q[:, None] >= q[None, :]
-    from_state = tl.exp(s_high)
+    from_state = tl.exp2(s_high)
     if runs_ptr is not None:
         run_in = tl.load(runs_ptr + chunk * Q - 1, mask=chunk > 0, other=0)
         run_in = tl.where(run_in >= 0, run_in, ~run_in)
         seen &= run[:, None] == run[None, :]
         from_state = tl.where(run == run_in, from_state, 0.0)
-    scores *= tl.exp(tl.where(seen, segment, float("-inf"))) * dt[None, :]
+    scores *= tl.exp2(tl.where(seen, segment, float("-inf"))) * dt[None, :]
 
     tile = live[:, None] & in_p[None, :]
     x = tl.load(x_ptr + batch * x_strides[0] + t[:, None] * x_strides[1] + head * x_strides[2]
@@ -176,14 +178,14 @@ def _ssd_outputs_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bia
     tl.store(y_ptr + ((batch * length + t[:, None]) * heads + head) * headdim + p[None, :], y.to(operand), mask=tile)
 
 
-def _blocks(headdim: int, dstate: int, itemsize: int) -> dict[str, int]:
+def _blocks(dstate: int, itemsize: int) -> dict[str, int]:
     """Tile sizes. fp32 operands take three TF32 products and twice the room, hence half of everything.
 
     8 warps of 64 x 64 tiles: with 4, sizes that are no multiple of 16 spill.
     """
     largest = 32 if itemsize == 4 else 64
     return {"Q": largest,
-            "BLOCK_P": max(16, min(triton.next_power_of_2(headdim), largest)),
+            "BLOCK_P": largest,
             "BLOCK_N": max(16, min(triton.next_power_of_2(dstate), largest)),
             "num_warps": 4 if itemsize == 4 else 8, "num_stages": 1}
 
@@ -194,7 +196,10 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
     """x, z (B, L, H, P); dt (B, L, H); B, C (B, L, G, N) -> y (B, L, H, P), final states (B, H, P, N) fp32."""
     batch, length, heads, headdim = x.shape
     dstate = B.shape[-1]
-    blocks = _blocks(headdim, dstate, x.element_size())
+    if x.element_size() == 2 and dstate <= 128:
+        return ssd_fused(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, head_to_group, initial_states,
+                         seq_idx)
+    blocks = _blocks(dstate, x.element_size())
     chunks, p_tiles = triton.cdiv(length, blocks["Q"]), triton.cdiv(headdim, blocks["BLOCK_P"])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     states = torch.empty(batch, chunks, heads, headdim, dstate, dtype=x.dtype, device=x.device)    # before each chunk
