@@ -54,10 +54,10 @@ def compact(model: LanguageModel, plan: Plan, calibration: str | Calibration | D
     tensors = slice_tensors(put_in_outside(outside, config, plan, calibration), MODEL_SECTIONS, _outside_axes(config),
                             {"model": _rows(rest(config.d_model, plan.d_model)),
                              "vocabulary": _rows(range(config.vocab_size))})
-    for index, block in enumerate(model.layers):
-        small = compact_block(block, config, index, plan, calibration)
-        tensors |= {f"{_LAYERS}{index}.{name}": parameter.detach() for name, parameter in small.named_parameters()}
-    _adopt(compacted, tensors)
+    _adopt({name: parameter for name, parameter in compacted.named_parameters() if not name.startswith(_LAYERS)},
+           tensors)
+    for index, (block, small) in enumerate(zip(model.layers, compacted.layers, strict=True)):
+        _fill(small, block, config, index, plan, calibration)
     compacted.tokenizer_name, compacted.tokenizer_folder = model.tokenizer_name, model.tokenizer_folder
     compacted.provenance = dict(model.provenance)
     if model.plan is not None:
@@ -69,23 +69,28 @@ def compact(model: LanguageModel, plan: Plan, calibration: str | Calibration | D
 def compact_block(block: nn.Module, config: ModelConfig, index: int, plan: Plan,
                   statistics: DenseStatistics | None = None) -> nn.Module:
     """Block `index` of a model of `config` after its part of a plan, as a new module on the same device."""
-    cut = plan.layers.get(index, LayerPlan())
-    layout = compacted_layout(config.layers[index], cut, plan.norm_repair)
-    own = {name: parameter.detach() for name, parameter in block.named_parameters()}
-    some = next(iter(own.values()), None)
+    layout = compacted_layout(config.layers[index], plan.layers.get(index, LayerPlan()), plan.norm_repair)
+    some = next(block.parameters(), None)
     device, dtype = (None, None) if some is None else (some.device, some.dtype)
     compacted = build_block(plan.with_kept_d_model(config).with_layer(index, layout), index, device, dtype)
-    if not isinstance(layout, RemovedBlock):
-        dense_shaped = put_in(own, config, index, plan, statistics)
-        _adopt(compacted, slice_block(dense_shaped, config, index, plan))
-        if not cut.empty or plan.d_model:
-            refit_out_proj(block, compacted, index, plan, statistics)
+    _fill(compacted, block, config, index, plan, statistics)
     return compacted.train(block.training)
 
 
-def _adopt(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Makes the tensors the module's parameters, dtypes and all; names and shapes must be exactly the module's."""
-    parameters = dict(module.named_parameters())       # tied weights appear once, and stay tied
+def _fill(compacted: nn.Module, block: nn.Module, config: ModelConfig, index: int, plan: Plan,
+          statistics: DenseStatistics | None) -> None:
+    """Gives a new block of the compacted shape its parameters."""
+    parameters = dict(compacted.named_parameters())
+    if not parameters:                                 # the block is removed
+        return
+    own = {name: parameter.detach() for name, parameter in block.named_parameters()}
+    _adopt(parameters, slice_block(put_in(own, config, index, plan, statistics), config, index, plan))
+    if index in plan.layers or plan.d_model:
+        refit_out_proj(block, compacted, index, plan, statistics)
+
+
+def _adopt(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Makes the tensors the values of the parameters, dtypes and all; names and shapes must be exactly theirs."""
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     sliced = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != sliced:
