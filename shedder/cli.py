@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"error: {error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)):
         return f"error: {error}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
