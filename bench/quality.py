@@ -61,8 +61,8 @@ class Table:
 
 TABLES = {
     "heads, 75 % of the parameters": Table({"params": 0.75}, ["head"], [
-        *one_shot("magnitude", "activation", "contribution", "taylor1", "taylor2", "perplexity", bundle=0.08),
-        Case("taylor2, evenly", {"method": "one-shot", "score": "taylor2", "evenly": True, "bundle": 0.08}),
+        *one_shot("magnitude", "activation", "contribution", "taylor1", "taylor2", "perplexity", bundle=1),
+        Case("taylor2, evenly", {"method": "one-shot", "score": "taylor2", "evenly": True, "bundle": 1}),
         Case("greedy", {"bundle": 0.08, "rescore": 4})]),
     "states, half of the decode state": Table({"state": 0.5}, ["state"], [
         *one_shot("magnitude", "contribution", "taylor1", "taylor2", "ghost", "delta", "hinf", "perplexity", bundle=1),
