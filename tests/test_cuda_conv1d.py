@@ -66,3 +66,20 @@ def test_strides_without_an_adjacent_dimension():
     for given in (x, expanded, x[..., :1].expand(-1, -1, 9)):
         y, _ = cuda.causal_conv1d(given, weight, None, False, None, None)
         cases.assert_close("y", y, reference.causal_conv1d(given.double(), weight.double())[0], BF16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channel_last", [False, True])
+def test_more_than_2_31_elements(channel_last):
+    """The last row of a tensor of 4.3 GB is convolved as it is by itself."""
+    batch, channels, length = 2, 1027 if channel_last else 1024, 1_050_000
+    shape = (batch, length, channels) if channel_last else (batch, channels, length)
+    x = torch.empty(shape, device="cuda", dtype=BF16).normal_()
+    x = x.transpose(1, 2) if channel_last else x
+    assert x.numel() > 2 ** 31
+    weight = torch.randn(channels, 4, device="cuda")
+    y, final = cuda.causal_conv1d(x, weight, None, True, None, None)
+    tail = x[-1:, -3:, -1000:]
+    expected, _ = reference.causal_conv1d(tail.double(), weight[-3:].double(), None, "silu")
+    cases.assert_close("y", y[-1:, -3:, -900:], expected[..., -900:], BF16)
+    assert torch.equal(final[-1:, -3:], tail[..., -3:])

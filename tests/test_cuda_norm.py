@@ -63,3 +63,16 @@ def test_what_does_not_fit_is_refused_by_name():
     x = torch.randn(2, 8200, device="cuda", dtype=BF16)
     with pytest.raises(RuntimeError, match="8200"):
         cuda.gated_rmsnorm(x, x[0], None, None, [8200], [1e-5], True)
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements():
+    """The last rows of a tensor of 4.3 GB are normalised as they are by themselves."""
+    rows, segments = 550_000, [1301, 1302, 1302]
+    x = torch.empty(rows, sum(segments), device="cuda", dtype=BF16).normal_()
+    assert x.numel() > 2 ** 31
+    weight = torch.randn(sum(segments), device="cuda")
+    y = cuda.gated_rmsnorm(x, weight, None, x, segments, [1e-5] * 3, False)
+    last = x[-5:].double()
+    cases.assert_close("y", y[-5:], reference.gated_rmsnorm(last, weight.double(), None, last, segments=segments,
+                                                            eps=[1e-5] * 3, norm_before_gate=False), BF16)
