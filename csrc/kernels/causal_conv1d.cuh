@@ -2,12 +2,12 @@
 //
 //   y[c,t] = act(bias[c] + sum_w weight[c,w] x[c, t - (W-1) + w])
 //
-// causal_conv1d_channels: channels adjacent in memory. A lane owns four channels and walks along time. What the inputs so
-//   far add to the next three outputs is carried in registers, so that each input is converted and multiplied once:
+// causal_conv1d_channels: channels adjacent in memory. A lane owns four channels and walks along time. What the inputs
+//   so far add to the next three outputs is carried in registers, so that each input is converted and multiplied once:
 //       y_t = w3 x_t + a0        a0 = w2 x_t + a1        a1 = w1 x_t + a2        a2 = w0 x_t + bias
 //   Rows of odd pitch: a lane owns every 32nd channel and moves each by itself.
-// causal_conv1d_time: time adjacent in memory. A lane owns 16 bytes of time on the grid of the row; the three inputs before
-//   them come from its neighbour.
+// causal_conv1d_time: time adjacent in memory. A lane owns 16 bytes of time on the grid of the row; the three inputs
+//   before them come from its neighbour.
 // causal_conv1d_any: any strides, one thread for each channel.
 // Bound: bytes of x and y.
 
@@ -42,8 +42,8 @@ constexpr int kLaneChannels = 4;                             // of causal_conv1d
 constexpr int kTileChannels = 32 * kLaneChannels;
 constexpr int kConvVectors = 2;                              // of causal_conv1d_time: in flight for each lane
 
-// The taps of kCount channels, the newest last, and their biases. A narrower filter leaves the first taps 0; channels that
-// do not exist read the last one. kFull: width 4, and the four taps of a channel are one aligned load.
+// The taps of kCount channels, the newest last, and their biases. A narrower filter leaves the first taps 0; channels
+// that do not exist read the last one. kFull: width 4, and the four taps of a channel are one aligned load.
 template <bool kFull, int kCount, typename Channel>
 __device__ inline void load_conv_taps(const CausalConv1dParams &p, Channel channel, float (&taps)[kMaxWidth][kCount],
                                       float (&bias)[kCount]) {
@@ -54,7 +54,8 @@ __device__ inline void load_conv_taps(const CausalConv1dParams &p, Channel chann
         for (int i = 0; i < kCount; ++i) {
             const int c = min(channel(i), p.channels - 1);
             if constexpr (kFull) {
-                all[i].word = *reinterpret_cast<const typename Packed<W, kMaxWidth>::Word *>(weight + int64_t{c} * kMaxWidth);
+                using Word = typename Packed<W, kMaxWidth>::Word;
+                all[i].word = *reinterpret_cast<const Word *>(weight + int64_t{c} * kMaxWidth);
             } else {
 #pragma unroll
                 for (int k = 0; k < kMaxWidth; ++k) {
@@ -156,7 +157,8 @@ struct LaneChannels {
 
 // kUnroll tokens are on their way. At least kTileChannels channels.
 template <typename T, bool kOnGrid, bool kFull, bool kPacked>
-__global__ void __launch_bounds__(kConvThreads, kFull && !kPacked ? 6 : 5) causal_conv1d_channels(const __grid_constant__ CausalConv1dParams p) {
+__global__ void __launch_bounds__(kConvThreads, kFull && !kPacked && sizeof(T) == 2 ? 6 : 5) causal_conv1d_channels(
+    const __grid_constant__ CausalConv1dParams p) {
     constexpr int kCount = kLaneChannels;
     constexpr int kUnroll = 4;
     using Lane = LaneChannels<T, kOnGrid>;
@@ -170,8 +172,9 @@ __global__ void __launch_bounds__(kConvThreads, kFull && !kPacked ? 6 : 5) causa
     const int64_t b = task / chunks;
     if (b >= p.batch) return;                                // the whole warp
     const int end = min(start + p.steps, p.length);
-    const T *from = static_cast<const T *>(p.x) + b * p.x_strides.batch + first + Lane::place(0) + start * p.x_strides.time;
-    T *to = static_cast<T *>(p.y) + b * p.y_strides.batch + first + Lane::place(0) + start * p.y_strides.time;
+    const int own = first + Lane::place(0);
+    const T *from = static_cast<const T *>(p.x) + b * p.x_strides.batch + start * p.x_strides.time + own;
+    T *to = static_cast<T *>(p.y) + b * p.y_strides.batch + start * p.y_strides.time + own;
 
     Lane next[kUnroll], past[kHistory];
 #pragma unroll
@@ -281,7 +284,8 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_time(const __grid_
 
     const T *initial = nullptr;
     if (p.initial_states != nullptr)
-        initial = static_cast<const T *>(p.initial_states) + b * p.initial_strides.batch + c * p.initial_strides.channel;
+        initial = static_cast<const T *>(p.initial_states) + b * p.initial_strides.batch
+            + c * p.initial_strides.channel;
     const auto input = [&](int t) {                          // conv_input of this row
         const int k = t + p.width - 1;
         if (t >= 0) return x[t];
@@ -331,7 +335,8 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_time(const __grid_
             }
             if constexpr (kPacked) {
 #pragma unroll
-                for (int i = 0; i < kHistory + kCount; ++i) names[i] = conv_sequence(p, b, min(t - kHistory + i, p.length - 1));
+                for (int i = 0; i < kHistory + kCount; ++i)
+                    names[i] = conv_sequence(p, b, min(t - kHistory + i, p.length - 1));
             }
             float sums[1][kCount];
 #pragma unroll

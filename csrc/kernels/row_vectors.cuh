@@ -43,8 +43,8 @@ union Packed {
     }
 };
 
-// to = *from where it exists. One predicated instruction: written as a branch, the compiler merges the old value by moves
-// that wait for the load.
+// to = *from where it exists. One predicated instruction: written as a branch, the compiler merges the old value by
+// moves that wait for the load.
 __device__ inline void load_if(bool exists, uint4 &to, const void *from) {
     asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
                  : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(static_cast<unsigned>(exists)));
