@@ -96,6 +96,14 @@ def _expected(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[tuple[
         raise CheckpointError(f"{CONFIG}: model has sizes that no tensor can have ({reason})") from error
 
 
+def _allocated(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
+    try:
+        return LanguageModel(config, dtype=dtype, device="cpu", initialise=False)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise CheckpointError(f"{CONFIG}: the model does not fit into this machine's memory ({reason})") from error
+
+
 def _load_own(folder: Path, data: dict[str, Any]) -> LanguageModel:
     path = folder / CONFIG
     _check_fields(path, data)
@@ -121,7 +129,7 @@ def _load_own(folder: Path, data: dict[str, Any]) -> LanguageModel:
             if weights.declared[name].dtype != tensor_dtype:
                 raise CheckpointError(f"{weights.declared[name].file}: {name} is {weights.declared[name].dtype}, "
                                       f"{CONFIG} says {tensor_dtype}")
-        model = LanguageModel(config, dtype=dtype, device="cpu", initialise=False)
+        model = _allocated(config, dtype)
         for name in expected:
             tensor = weights.read(name)
             if data["tensors"].get(name) != _digest(tensor):
@@ -186,7 +194,7 @@ def _load_foreign(folder: Path, data: dict[str, Any]) -> LanguageModel:
             if not isinstance(declared[name].dtype, torch.dtype):
                 raise CheckpointError(f"{declared[name].file}: {name} is {declared[name].dtype}; "
                                       "accepted: a floating type")
-        model = LanguageModel(config, dtype=dtype, device="cpu", initialise=False)
+        model = _allocated(config, dtype)
         with torch.no_grad():
             for name in expected:
                 tensor = weights.read(theirs[name])

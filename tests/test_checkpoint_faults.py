@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -131,6 +132,32 @@ def test_swapped_layers_are_refused(folder, capsys):
     save_file({re.sub(r"layers\.(\d)", lambda match: f"layers.{swapped[match[1]]}", name): tensor
                for name, tensor in tensors.items()}, folder / "model.safetensors")
     assert refused_or_unchanged(folder, capsys)
+
+
+@pytest.mark.parametrize("is_honest", [True, False])
+def test_a_header_that_declares_terabytes_is_refused(is_honest, folder, capsys):
+    """With a sparse file of that size, or without."""
+    build(0).save_pretrained(folder)
+    path, rows = folder / "model.safetensors", 10**11
+    header = json.dumps({"backbone.embedding.weight": {"dtype": "F32", "shape": [rows, 8],
+                                                       "data_offsets": [0, 32 * rows]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    if is_honest:
+        os.truncate(path, 8 + len(header) + 32 * rows)
+    assert refused_or_unchanged(folder, capsys)
+
+
+def test_a_model_that_memory_cannot_hold_is_refused(folder, monkeypatch):
+    real = checkpoint.LanguageModel
+
+    def huge(config, device=None, **options):
+        if device == "cpu":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8796093022208 bytes")
+        return real(config, device, **options)
+
+    monkeypatch.setattr(checkpoint, "LanguageModel", huge)
+    with pytest.raises(CheckpointError, match=r"config.json: the model does not fit into this machine's memory"):
+        shedder.load(folder)
 
 
 # ---- foreign folders have no digests, but nothing is allocated, opened or executed on their word alone ----
