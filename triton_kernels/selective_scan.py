@@ -186,14 +186,14 @@ def _selective_scan_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, 
 
 
 def _blocks(dstate: int, shared: bool, align: int) -> dict[str, int]:
-    """Eight states to a thread; a warp for 256 states, so that a warp has 16 channels where N is 16.
+    """Eight states to a thread; a warp for 256 states, so that a warp has 16 channels where N is 16, and at most 32.
 
     Loads of single elements hold an address for each: half the steps. With rows for each channel every state
     takes two addresses for each step: a quarter of the steps, and half the states.
     """
     block_n = max(4, triton.next_power_of_2(dstate))
     states, steps = (256, max(align, 4)) if shared else (128, 2)
-    block_c = max(4, min(64, states // block_n))
+    block_c = max(4, min(32, states // block_n))
     return {"BLOCK_C": block_c, "BLOCK_N": block_n, "STEPS": steps,
             "num_warps": max(1, block_c * block_n // states)}
 

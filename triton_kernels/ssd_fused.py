@@ -53,6 +53,7 @@ def _ssd_fused_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_
     row, p_column, n_column = q, p, n
     if FAR:
         row, p_column, n_column = q.to(tl.int64), p.to(tl.int64), n.to(tl.int64)
+        x_t, B_t, C_t, z_t = x_t.to(tl.int64), B_t.to(tl.int64), C_t.to(tl.int64), z_t.to(tl.int64)
     x_step, B_step, C_step = x_t * UNIT, B_t * UNIT, C_t * UNIT
     if ALIGN > 0:
         x_place = row[:, None] * x_step + p_column[None, :]
