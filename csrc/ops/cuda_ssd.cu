@@ -34,7 +34,7 @@ int copy_width(const Tensor &t) {
     uint64_t bits = reinterpret_cast<uint64_t>(t.const_data_ptr());
     for (int i = 0; i < 3; ++i)
         if (t.size(i) > 1) bits |= static_cast<uint64_t>(t.stride(i)) * 2;
-    return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : 2;
+    return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
 int processors(int device) {
@@ -43,25 +43,18 @@ int processors(int device) {
     return count;
 }
 
-// Segments of the sequence, so that CTAs of one length fill their waves: the least rounds of CTAs, counted in whole
-// sequences, plus 1 % for each hand-over. None where all heads run at once: they would only wait for each other.
+// Concurrent segments of the sequence: where the heads leave room on the GPU for several of them at once, if that saves
+// more than it costs. By times of an H200: a chunk of a segment takes as long as 2.2 of a whole sequence, since it is
+// passed twice and shares a multiprocessor, and the hand-overs as long as 11.
 int best_segments(int64_t columns, int slots, int chunks) {
-    if (columns < slots) return 1;
-    int best = 1;
-    double least = 1e30;
-    for (int n = 1; n <= std::min(8, chunks / 4); ++n) {
-        const int64_t rounds = (columns * n + slots - 1) / slots;
-        const double cost = static_cast<double>(rounds) / n * (1 + 0.01 * n);
-        if (cost < least) least = cost, best = n;
-    }
-    return best;
+    const int count = static_cast<int>(std::clamp<int64_t>(slots / columns, 1, std::min(chunks, 8)));
+    return chunks * 2.2 / count + 11 < chunks ? count : 1;
 }
 
-template <typename Input, int kStates16, int kHeads>
+template <typename Input, int kStates16, int kHeads, bool kGated>
 void launch(SsdParams &p, int batch, int segments, const Tensor &like, cudaStream_t stream) {
-    using Shared = SsdShared<kStates16, kHeads>;
-    constexpr int kPerProcessor = kHeads == 1 && kStates16 <= 8 ? 2 : 1;
-    const auto kernel = ssd_fwd<Input, kStates16, kHeads>;
+    using Shared = SsdShared<kStates16, kHeads, kGated>;
+    const auto kernel = ssd_fwd<Input, kStates16, kHeads, kGated>;
     const cudaError_t allowed =                              // of this device; each time, since it costs little
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shared::kBytes);
     STD_TORCH_CHECK(allowed == cudaSuccess, "shedder_cuda::ssd: ", cudaGetErrorString(allowed));
@@ -70,30 +63,39 @@ void launch(SsdParams &p, int batch, int segments, const Tensor &like, cudaStrea
     p.units = (all + kHeads - 1) / kHeads + (kHeads > 1 ? std::min(p.groups - 1, p.heads) : 0);
     p.columns = batch * p.units;
     const int chunks = (p.length + kChunk - 1) / kChunk;
-    if (segments == 0)
-        segments = best_segments(int64_t{batch} * ((all + kHeads - 1) / kHeads),
-                                 processors(like.get_device_index()) * kPerProcessor, chunks);
+    p.concurrent = segments <= 0;
+    const int slots = processors(like.get_device_index()) * SsdResources<kStates16, kHeads>::kCtas;
+    if (segments == 0) segments = best_segments(p.columns, slots, chunks);
+    segments = std::abs(segments);
     p.segment_chunks = std::max(1, (chunks + segments - 1) / segments);
     p.segments = std::max(1, (chunks + p.segment_chunks - 1) / p.segment_chunks);
     std::optional<Tensor> carry, tickets;                    // freed by torch in the order of the stream
     if (p.segments > 1) {
-        const int64_t floats = int64_t{batch} * all * kStates16 * 8 * 128;
+        p.states = batch * all;
+        const int64_t floats = int64_t{p.segments} * p.states * kStates16 * 8 * 128;
         carry = torch::stable::new_empty(like, {floats}, ScalarType::Float);
-        tickets = torch::stable::new_empty(like, {p.columns + 1}, ScalarType::Int);
+        const int64_t counters = 1 + int64_t{p.states};
+        tickets = torch::stable::new_empty(like, {counters}, ScalarType::Int);
         p.carry = static_cast<float *>(carry->mutable_data_ptr());
         p.tickets = static_cast<int32_t *>(tickets->mutable_data_ptr());
-        cudaMemsetAsync(p.tickets, 0, (p.columns + 1) * sizeof(int32_t), stream);
+        cudaMemsetAsync(p.tickets, 0, counters * sizeof(int32_t), stream);
     }
-    kernel<<<p.columns * p.segments, 128 * kHeads, Shared::kBytes, stream>>>(p);
+    kernel<<<p.columns * p.segments, 128 * (kHeads + 1), Shared::kBytes, stream>>>(p);
+}
+
+template <typename Input, int kStates16, int kHeads>
+void launch_for_gate(SsdParams &p, int batch, int segments, const Tensor &like, cudaStream_t stream) {
+    if (p.z != nullptr) launch<Input, kStates16, kHeads, true>(p, batch, segments, like, stream);
+    else launch<Input, kStates16, kHeads, false>(p, batch, segments, like, stream);
 }
 
 template <typename Input, int kStates16>
 void launch_for_heads(SsdParams &p, int batch, int heads_per_cta, int segments, const Tensor &like,
                       cudaStream_t stream) {
     if constexpr (kStates16 <= 8) {
-        if (heads_per_cta == 3) return launch<Input, kStates16, 3>(p, batch, segments, like, stream);
+        if (heads_per_cta == 2) return launch_for_gate<Input, kStates16, 2>(p, batch, segments, like, stream);
     }
-    launch<Input, kStates16, 1>(p, batch, segments, like, stream);
+    launch_for_gate<Input, kStates16, 1>(p, batch, segments, like, stream);
 }
 
 template <typename Input>
@@ -189,15 +191,15 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
     p.x_width = copy_width(x);
     p.B_width = copy_width(B);
     p.C_width = copy_width(C);
+    p.z_width = z ? copy_width(*z) : 16;
+    p.odd = std::min({p.x_width, p.B_width, p.C_width, p.z_width}) == 2;
     p.dt_softplus = dt_softplus;
     p.dt_float = dt.scalar_type() == ScalarType::Float;
 
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     const cudaStream_t stream = current_stream(x.get_device_index());
-    // Three heads share B and C where that leaves enough CTAs and the groups are not too small to share.
-    if (heads_per_cta == 0)
-        heads_per_cta = batch * heads * p.tiles >= 2 * processors(x.get_device_index())
-            && heads * p.tiles >= 3 * groups ? 3 : 1;
+    // One head a CTA is the fastest or nearly so at every shape measured; two that share B and C remain a choice.
+    if (heads_per_cta == 0) heads_per_cta = 1;
     if (dtype == ScalarType::Half)
         launch_for_states<__half>(p, static_cast<int>(batch), static_cast<int>(heads_per_cta),
                                   static_cast<int>(segments), x, stream);
