@@ -148,7 +148,7 @@ template <int kStates16, int kHeads>
 struct SsdResources {
     static constexpr int kCtas = kHeads == 1 && kStates16 <= 8 ? 2 : 1;
     static constexpr bool kMoves = kStates16 <= 8;
-    static constexpr int kProducer = kHeads == 1 ? 56 : 72, kConsumer = kHeads == 1 ? 200 : 216;
+    static constexpr int kProducer = kHeads == 1 ? 64 : 72, kConsumer = kHeads == 1 ? 192 : 216;
 };
 
 // dt of two neighbouring tokens of the unit's head `slot` in each lane, as given.
