@@ -3,11 +3,11 @@
 //   norm(v)_c = v_c / sqrt(mean of v^2 over the segment of c + eps of the segment) * weight_c + bias_c
 //   y = norm(x silu(z))   or   norm(x) silu(z)
 //
-// A CTA owns whole rows, one after another. kLanes neighbouring lanes form a group that owns the same columns of one segment
-// in each row, kVectors times 16 bytes for a lane, so that weights stay in registers; the next row is on its way while
-// this one is reduced, and between the sum and the scaling a row lives in registers. Each group has one partial sum.
-// Rows and segments off the 16-byte grid: the launcher makes the distance between a CTA's rows a multiple of 16 bytes, so
-// that they all lie alike, and the groups of a segment start at the grid point at or before it.
+// A CTA owns whole rows, one after another. kLanes neighbouring lanes form a group that owns the same columns of one
+// segment in each row, kVectors times 16 bytes for a lane, so that weights stay in registers; the next row is on its way
+// while this one is reduced, and between the sum and the scaling a row lives in registers. Each group has one partial sum.
+// Rows and segments off the 16-byte grid: the launcher makes the distance between a CTA's rows a multiple of 16 bytes,
+// so that they all lie alike, and the groups of a segment start at the grid point at or before it.
 // Bound: bytes of x, z and y.
 
 #pragma once
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
     const T *x_end = static_cast<const T *>(p.x_end), *z_end = static_cast<const T *>(p.z_end);
     T *y = static_cast<T *>(p.y);
 
-    // Vector v of this lane: the kCount columns from column[v] on, of which the segment has those whose bit is set in own[v].
+    // Vector v of this lane: the kCount columns from column[v] on; its segment has those whose bit is set in own[v].
     int segment[kVectors], column[kVectors];
     unsigned own[kVectors];
     float weight[kVectors][kCount];

@@ -9,12 +9,14 @@
 //   kTied (Mamba-2, one dt and A for a head): the rows of a task are kRows places of P, so that B, C and the one
 //   exponential serve them all.
 //   Else (Mamba-1): they are kRows rows of the batch, so that A is read once for them.
-// state_update_channels: Mamba-1 with one group and at most 16 states. A thread owns all states of a channel in kRows rows of
-//   the batch, so that what a channel costs besides its states is paid once, and A is read once for the rows.
+// state_update_channels: Mamba-1 with one group and at most 16 states. A thread owns all states of a channel in kRows
+//   rows of the batch, so that what a channel costs besides its states is paid once, and A is read once for the rows.
+//   States pass through shared memory, between which and global memory a CTA moves whole words, whatever their number.
 // Bound: bytes of the state.
 
 #pragma once
 
+#include "kernels/copy_async.cuh"
 #include "kernels/pointwise.cuh"
 
 namespace shedder {
@@ -181,12 +183,16 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
 
 constexpr int kChannelStates = 16;
 
+// kWidth states are one access to shared memory. Rows of states are adjacent, those of a slot on the 16-byte grid.
 template <typename Input, typename State, int kWidth, int kRows>
 __global__ void __launch_bounds__(kStepThreads) state_update_channels(const __grid_constant__ StateUpdateParams p) {
     constexpr int kStates = kChannelStates, kAWidth = kWidth > 1 ? 4 : 1;
     static_assert(kRows * 2 * kStates <= kStepThreads);
     __shared__ float4 shared[kRows][2][kStates / 4];         // B and C of each row
-    const int first = blockIdx.y * kRows, place = blockIdx.x * kStepThreads + threadIdx.x;
+    __shared__ uint4 tile[kRows][kStepThreads * kStates * sizeof(State) / 16];
+    const int first = blockIdx.y * kRows, first_place = blockIdx.x * kStepThreads, place = first_place + threadIdx.x;
+    const int elements = min(p.headdim - first_place, kStepThreads) * p.dstate;
+    constexpr int kWord = 16 / sizeof(State);
     const bool exists = place < p.headdim;
     const int d = min(place, p.headdim - 1);                 // who has no channel reads the last one and writes nothing
 
@@ -197,17 +203,17 @@ __global__ void __launch_bounds__(kStepThreads) state_update_channels(const __gr
 #pragma unroll
         for (int r = 0; r < kRows; ++r) slot[r] = p.slots[b[r] * p.slots_stride];
     }
-    State *row[kRows];
-    StepVector<State, kWidth> states[kRows][kStates / kWidth];
-    Input x[kRows], z[kRows];
-    float dt[kRows], A[kStates], skip = 0.f, bias = 0.f;
+    State *from[kRows];                                      // of the CTA
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        row[r] = static_cast<State *>(p.state) + max(slot[r], int64_t{0}) * p.state_strides.batch + d * p.state_strides.place;
-#pragma unroll
-        for (int a = 0; a < kStates / kWidth; ++a)
-            if (a * kWidth < p.dstate) states[r][a] = *reinterpret_cast<const StepVector<State, kWidth> *>(row[r] + a * kWidth);
+        from[r] = static_cast<State *>(p.state) + max(slot[r], int64_t{0}) * p.state_strides.batch
+            + int64_t{first_place} * p.dstate;
+        for (int i = threadIdx.x; i < elements / kWord; i += kStepThreads) copy_async(tile[r] + i, from[r] + i * kWord);
+        for (int i = elements / kWord * kWord + threadIdx.x; i < elements; i += kStepThreads)
+            reinterpret_cast<State *>(tile[r])[i] = from[r][i];
     }
+    Input x[kRows], z[kRows];
+    float dt[kRows], A[kStates], skip = 0.f, bias = 0.f;
     {                                                        // thread (r, B or C, n)
         const int n = threadIdx.x % kStates, of_c = threadIdx.x / kStates % 2, r = threadIdx.x / (2 * kStates);
         if (r < kRows) {
@@ -242,6 +248,7 @@ __global__ void __launch_bounds__(kStepThreads) state_update_channels(const __gr
     }
     if (p.D != nullptr) skip = p.D[d * p.D_place_stride];
     if (p.dt_bias != nullptr) bias = p.dt_bias[d * p.bias_place_stride];
+    asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
 
 #pragma unroll
@@ -251,7 +258,12 @@ __global__ void __launch_bounds__(kStepThreads) state_update_channels(const __gr
         float step = dt[r] + bias;
         if (p.dt_softplus) step = fast_softplus(step);
         const float current = to_float(x[r]), input = step * current;
-        const bool moves = exists && first + r < p.batch && slot[r] >= 0;
+        using Access = StepVector<State, kWidth>;
+        Access *own = reinterpret_cast<Access *>(reinterpret_cast<State *>(tile[r]) + (d - first_place) * p.dstate);
+        Access states[kStates / kWidth];
+#pragma unroll
+        for (int a = 0; a < kStates / kWidth; ++a)
+            if (a * kWidth < p.dstate) states[a] = own[a];
         float sum = skip * current;
 #pragma unroll
         for (int a = 0; a < kStates / 4; ++a) {
@@ -260,7 +272,7 @@ __global__ void __launch_bounds__(kStepThreads) state_update_channels(const __gr
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int n = a * 4 + i;
-                State &state = states[r][n / kWidth].at[n % kWidth];
+                State &state = states[n / kWidth].at[n % kWidth];
                 const float h = fmaf(fast_exp2(step * A[n]), to_float(state), input * B_at[i]);
                 if (n < p.dstate) sum = fmaf(C_at[i], h, sum);
                 state = from_float<State>(h);
@@ -268,10 +280,19 @@ __global__ void __launch_bounds__(kStepThreads) state_update_channels(const __gr
         }
 #pragma unroll
         for (int a = 0; a < kStates / kWidth; ++a)
-            if (moves && a * kWidth < p.dstate) *reinterpret_cast<StepVector<State, kWidth> *>(row[r] + a * kWidth) = states[r][a];
+            if (exists && a * kWidth < p.dstate) own[a] = states[a];
         if (!exists || first + r >= p.batch) continue;
         if (p.z != nullptr) sum *= silu_for<Input>(to_float(z[r]));
         static_cast<Input *>(p.y)[b[r] * p.headdim + d] = from_float<Input>(slot[r] < 0 ? 0.f : sum);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        if (first + r >= p.batch || slot[r] < 0) continue;
+        for (int i = threadIdx.x; i < elements / kWord; i += kStepThreads)
+            *reinterpret_cast<uint4 *>(from[r] + i * kWord) = tile[r][i];
+        for (int i = elements / kWord * kWord + threadIdx.x; i < elements; i += kStepThreads)
+            from[r][i] = reinterpret_cast<const State *>(tile[r])[i];
     }
 }
 

@@ -1,6 +1,7 @@
 // Launcher of a layer without its SSM: checks, lanes for a segment, tokens for a CTA, launch.
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/removed_ssm.cuh"
@@ -28,22 +29,15 @@ int tokens_for(int64_t length, int64_t batch, int64_t slots) {
     return static_cast<int>(best);
 }
 
-template <typename T, bool kNormBeforeGate, int kLanes, bool kFull>
-void launch_removed(RemovedSSMParams &q, int32_t device, cudaStream_t stream) {
-    constexpr int kCount = 16 / sizeof(T);
-    const auto kernel = removed_ssm_fwd<T, kNormBeforeGate, kLanes, kFull>;
-    for (int s = 0; s < q.segments; ++s)
-        q.groups[s + 1] = q.groups[s] + (q.bounds[s + 1] - q.bounds[s] + kLanes * kCount - 1) / (kLanes * kCount);
-    const int threads = (q.groups[q.segments] * kLanes + 31) / 32 * 32;
-    STD_TORCH_CHECK(threads <= kRemovedThreads, "shedder_cuda::removed_ssm: ", q.segments, " segments of ",
-                    q.conv.channels, " channels take more threads than a token has");
-    const int bytes = static_cast<int>(removed_ssm_shared_bytes<T>(threads));
+template <typename T, int kThreads, bool kNormBeforeGate, int kLanes, bool kFull>
+void launch_removed(RemovedSSMParams &q, int threads, int32_t device, cudaStream_t stream) {
+    const auto kernel = removed_ssm_fwd<T, kThreads, kNormBeforeGate, kLanes, kFull>;
+    constexpr int bytes = static_cast<int>(removed_ssm_shared_bytes<T>(kThreads));
     // CTAs that run at once, for each number of warps; asked once, since asking takes longer than a launch.
-    static int64_t slots[kRemovedThreads / 32 + 1] = {};
+    static int64_t slots[kThreads / 32 + 1] = {};
     if (slots[threads / 32] == 0) {
         int multiprocessors = 0, resident = 0;
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(removed_ssm_shared_bytes<T>(kRemovedThreads)));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
         slots[threads / 32] = int64_t{std::max(resident, 1)} * multiprocessors;
@@ -53,17 +47,31 @@ void launch_removed(RemovedSSMParams &q, int32_t device, cudaStream_t stream) {
     kernel<<<blocks, threads, bytes, stream>>>(q);
 }
 
-template <typename T, bool kNormBeforeGate>
+template <typename T, bool kNormBeforeGate, int kLanes>
 void launch_removed(RemovedSSMParams &q, int32_t device, cudaStream_t stream) {
+    constexpr int kColumns = kLanes * (16 / static_cast<int>(sizeof(T)));
+    for (int s = 0; s < q.segments; ++s)
+        q.groups[s + 1] = q.groups[s] + (q.bounds[s + 1] - q.bounds[s] + kColumns - 1) / kColumns;
+    const int threads = (q.groups[q.segments] * kLanes + 31) / 32 * 32;
+    STD_TORCH_CHECK(threads <= kRemovedThreads, "shedder_cuda::removed_ssm: ", q.segments, " segments of ",
+                    q.conv.channels, " channels take more threads than a token has");
     const int64_t tap = q.conv.weight.kind == FloatKind::kFloat ? 4 : 2;
     const bool full = q.conv.width == kMaxWidth && q.conv.weight_tap_stride == 1
         && q.conv.weight_channel_stride == kMaxWidth
         && reinterpret_cast<uintptr_t>(q.conv.weight.data) % (kMaxWidth * tap) == 0;
-    if (q.segments == 1)
-        return full ? launch_removed<T, kNormBeforeGate, 32, true>(q, device, stream)
-                    : launch_removed<T, kNormBeforeGate, 32, false>(q, device, stream);
-    return full ? launch_removed<T, kNormBeforeGate, 8, true>(q, device, stream)
-                : launch_removed<T, kNormBeforeGate, 8, false>(q, device, stream);
+    const auto with_threads = [&](auto most) {
+        constexpr int kThreads = decltype(most)::value;
+        if (full) return launch_removed<T, kThreads, kNormBeforeGate, kLanes, true>(q, threads, device, stream);
+        launch_removed<T, kThreads, kNormBeforeGate, kLanes, false>(q, threads, device, stream);
+    };
+    if (threads <= kFewRemovedThreads) return with_threads(std::integral_constant<int, kFewRemovedThreads>{});
+    with_threads(std::integral_constant<int, kRemovedThreads>{});
+}
+
+template <typename T, bool kNormBeforeGate>
+void launch_removed(RemovedSSMParams &q, int32_t device, cudaStream_t stream) {
+    if (q.segments == 1) return launch_removed<T, kNormBeforeGate, 32>(q, device, stream);
+    launch_removed<T, kNormBeforeGate, 8>(q, device, stream);
 }
 
 void removed_ssm(const Tensor &x, const Tensor &z, const Tensor &weight, const MaybeTensor &bias, const MaybeTensor &D,

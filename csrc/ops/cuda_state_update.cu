@@ -34,7 +34,7 @@ void launch_step(StateUpdateParams &p, bool tied, cudaStream_t stream) {
 
 template <typename Input, typename State, int kWidth>
 void launch_channels(const StateUpdateParams &p, cudaStream_t stream) {
-    constexpr int kRows = 2;                                 // B128 D5120 N16: 1, 2, 4 take 23.7, 22.8, 24.2 us
+    constexpr int kRows = kWidth == 1 ? 1 : 2;               // single states take a register each
     const dim3 blocks((p.headdim + kStepThreads - 1) / kStepThreads, (p.batch + kRows - 1) / kRows);
     state_update_channels<Input, State, kWidth, kRows><<<blocks, kStepThreads, 0, stream>>>(p);
 }
@@ -135,17 +135,12 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
         && on_grid(p.B, size, {p.B_batch_stride, p.B_group_stride})
         && on_grid(p.C, size, {p.C_batch_stride, p.C_group_stride})
         && (tied || (p.A_n_stride == 1 && on_grid(p.A, 4, {p.A_strides.head, p.A_strides.place})));
-    // Whether rows of states are whole accesses of `states` states on their grid.
-    const auto moves_by = [&](int64_t states) {
-        return dstate % states == 0 && p.state_n_stride == 1
-            && on_grid(p.state, state_size, {state.size(0) > 1 ? p.state_strides.batch : 0,
-                                             heads > 1 ? p.state_strides.head : 0, p.state_strides.place},
-                       states * state_size);
-    };
-    const bool wide = vectors && moves_by(16 / state_size);
+    const bool wide = vectors && dstate % (16 / state_size) == 0 && p.state_n_stride == 1
+        && on_grid(p.state, state_size, {p.state_strides.batch, p.state_strides.head, p.state_strides.place});
     const bool channels = heads == 1 && groups == 1 && !tied && dstate <= kChannelStates && p.state_n_stride == 1
-        && batch < (int64_t{1} << 16);
-    const bool A_fits = dstate % 4 == 0 && p.A_n_stride == 1 && on_grid(p.A, 4, {p.A_strides.place});
+        && p.state_strides.place == dstate && batch < (int64_t{1} << 16)
+        && on_grid(p.state, state_size, {state.size(0) > 1 ? p.state_strides.batch : 0});
+    const bool fours = dstate % 4 == 0 && p.A_n_stride == 1 && on_grid(p.A, 4, {p.A_strides.place});
 
     const torch::stable::accelerator::DeviceGuard guard(arguments.device);
     const cudaStream_t stream = current_stream(arguments.device);
@@ -154,9 +149,9 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
             using Input = std::remove_pointer_t<decltype(input)>;
             using State = std::remove_pointer_t<decltype(kept)>;
             constexpr int kWidest = 16 / sizeof(State);
-            if (channels && A_fits && moves_by(kWidest)) return launch_channels<Input, State, kWidest>(p, stream);
+            if (channels && fours && dstate % kWidest == 0) return launch_channels<Input, State, kWidest>(p, stream);
             if constexpr (kWidest > 4)
-                if (channels && A_fits && moves_by(4)) return launch_channels<Input, State, 4>(p, stream);
+                if (channels && fours) return launch_channels<Input, State, 4>(p, stream);
             if (channels) return launch_channels<Input, State, 1>(p, stream);
             if (wide) return launch_step<Input, State, kWidest>(p, tied, stream);
             launch_step<Input, State, 1>(p, tied, stream);
