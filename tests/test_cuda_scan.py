@@ -236,6 +236,74 @@ def test_chunked_prefill_equals_one_call():
     assert error(state, want_state.double()) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_chunked_prefill_of_few_channels_equals_one_call(dtype):
+    case = inputs(1, 40, 1200, 16, dtype)                   # long enough for several segments of L
+    want, want_state = run(case)
+    state, parts = case["initial_state"], []
+    for start, stop in ((0, 301), (301, 302), (302, 1200)):
+        piece = case | {name: case[name][..., start:stop] for name in ("u", "delta", "B", "C", "z")}
+        y, state = run(piece | {"initial_state": state})
+        parts.append(y)
+    assert error(torch.cat(parts, dim=-1), want.double()) < TOLERANCE[dtype]
+    assert error(state, want_state.double()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("channels", [1, 17, 640])
+@pytest.mark.parametrize("length", [500, 1501])
+def test_few_channels_and_a_long_sequence(length, channels, dtype):
+    assert_matches(inputs(1, channels, length, 16, dtype))
+
+
+@pytest.mark.parametrize("dstate", [2, 3, 4, 7, 9, 13, 24, 31, 33, 48, 65, 96, 128, 129, 192, 255])
+@pytest.mark.parametrize("channels", [33, 4100])
+def test_matches_the_recurrence_for_any_dstate_in_bf16(dstate, channels):
+    assert_matches(inputs(1, channels, 71, dstate, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 300, 512, 16), (8, 5120, 64, 16), (1, 100, 256, 128)])
+def test_error_is_that_of_rounding_the_result(shape, dtype):
+    """The reference kernel's error is that of one rounding of y; contract: at most 1.05 times it."""
+    case = inputs(*shape, dtype, initial_state=False)
+    y, _ = run(case)
+    want, _ = expected(case)
+    rounded = want.to(dtype)
+    assert error(y, want) < 1.05 * error(rounded, want)
+    assert (y.double() - want).abs().max() < 1.05 * (rounded.double() - want).abs().max()
+
+
+def test_slow_decay_over_a_long_sequence():
+    case = inputs(1, 64, 16384, 16, torch.bfloat16, initial_state=False)
+    case["A"] = -torch.logspace(-2, 0, 16, device="cuda").repeat(64, 1)
+    case["delta_bias"] = torch.full((64,), -4.6, device="cuda")          # steps of about 0.01: dt|A| from 1e-4 to 1e-2
+    case["delta"] = case["delta"] * 0.1
+    y, state = run(case)
+    want, want_state = expected(case)
+    assert error(y, want) < 1.05 * error(want.bfloat16(), want)
+    assert error(state, want_state) < 10 * TOLERANCE[torch.float32]      # a thousand roundings are remembered
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_what_comes_later_does_not_reach_back(dtype):
+    case = inputs(2, 40, 70, 16, dtype)
+    want, _ = run(case)
+    for name in ("u", "delta", "z", "B", "C"):
+        late = case[name].clone()
+        late[..., 45:] = torch.nan
+        y, _ = run(case | {name: late})
+        assert torch.equal(y[..., :45], want[..., :45]), name
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "z", "B", "C"])
+def test_expanded_tensors_are_read_without_a_copy(name):
+    case = inputs(2, 40, 33, 16, torch.bfloat16)
+    for axis in range(case[name].dim()):
+        one = case[name].narrow(axis, 0, 1).expand_as(case[name])
+        assert_matches(case | {name: one})
+
+
 def test_what_it_does_not_do_is_refused_by_name():
     case = inputs(1, 8, 4, 4)
     with pytest.raises(ValueError, match="complex A"):

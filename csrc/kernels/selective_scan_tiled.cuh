@@ -1,4 +1,5 @@
-// Selective scan, forward, the fast form; selective_scan_fwd.cuh has the recurrence and the form for everything else.
+// Selective scan, forward, a fast form for up to 16 states; selective_scan_fwd.cuh has the recurrence,
+// selective_scan_quads.cuh the form for more states and for very few channels.
 //
 // kLanes neighbouring threads of a warp own kChannels channels together, kStates states each, and walk along t with h
 // in registers. Time goes by tiles. In a tile a warp
@@ -13,137 +14,10 @@
 
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/selective_scan_fwd.cuh"
+#include "kernels/selective_scan_rows.cuh"
 
 namespace shedder {
-
-// How a row of one channel (or one state) along time is read or written. Decided by the launcher for all rows at once.
-enum class Access : int {
-    kVector,    // 16 bytes at a time: steps adjacent, every row aligned
-    kShifted,   // steps adjacent, rows at any offset: 16-byte reads shifted into place, 2-byte writes by neighbours
-    kStrided,   // one element at a time
-};
-
-struct ScanAccess {
-    Access u, delta, z, y, B, C;
-};
-
-constexpr int kPieceSteps = 8;
-
-template <typename Input>
-struct alignas(16) Piece {
-    uint32_t word[kPieceSteps * sizeof(Input) / 4];
-
-    __device__ float get(int i) const {
-        if constexpr (sizeof(Input) == 4) {
-            return __uint_as_float(word[i]);
-        } else if constexpr (std::is_same_v<Input, __nv_bfloat16>) {
-            return __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
-        } else {
-            const __half2 pair = *reinterpret_cast<const __half2 *>(&word[i / 2]);
-            return i % 2 ? __high2float(pair) : __low2float(pair);
-        }
-    }
-};
-
-// Steps t..t+7 of a row; zeros from `length` on.
-template <typename Input>
-__device__ inline Piece<Input> read_piece(const Input *row, int64_t stride, int t, int length, Access access) {
-    Piece<Input> piece;
-    constexpr int kWords = sizeof(piece.word) / 4;
-    if (access == Access::kVector && t + kPieceSteps <= length) {
-        const uint4 *from = reinterpret_cast<const uint4 *>(row + t);
-#pragma unroll
-        for (int i = 0; i < kWords / 4; ++i) {
-            const uint4 v = from[i];
-            piece.word[4 * i] = v.x;
-            piece.word[4 * i + 1] = v.y;
-            piece.word[4 * i + 2] = v.z;
-            piece.word[4 * i + 3] = v.w;
-        }
-        return piece;
-    }
-    if constexpr (sizeof(Input) == 2) {
-        if (access == Access::kShifted && t + kPieceSteps <= length) {
-            const uintptr_t address = reinterpret_cast<uintptr_t>(row + t);
-            const uint4 *from = reinterpret_cast<const uint4 *>(address & ~uintptr_t{15});
-            const int offset = static_cast<int>(address & 15) / 2;
-            const uint4 a = from[0];
-            const uint4 b = offset == 0 ? make_uint4(0, 0, 0, 0) : from[1];    // holds a wanted element, or is not read
-            uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-            for (int i = 0; i < 6; ++i) w[i] = offset & 4 ? w[i + 2] : w[i];
-#pragma unroll
-            for (int i = 0; i < 5; ++i) w[i] = offset & 2 ? w[i + 1] : w[i];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) piece.word[i] = __funnelshift_r(w[i], w[i + 1], (offset & 1) * 16);
-            return piece;
-        }
-        uint16_t half[kPieceSteps];
-        if (t + kPieceSteps <= length) {
-            const uint16_t *from = reinterpret_cast<const uint16_t *>(row) + t * stride;
-#pragma unroll
-            for (int i = 0; i < kPieceSteps; ++i, from += stride) half[i] = *from;
-        } else
-#pragma unroll
-        for (int i = 0; i < kPieceSteps; ++i)
-            half[i] = t + i < length ? reinterpret_cast<const uint16_t *>(row)[(t + i) * stride] : uint16_t{0};
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) piece.word[i] = half[2 * i] | static_cast<uint32_t>(half[2 * i + 1]) << 16;
-    } else {
-#pragma unroll
-        for (int i = 0; i < kPieceSteps; ++i)
-            piece.word[i] = t + i < length ? __float_as_uint(row[(t + i) * stride]) : 0u;
-    }
-    return piece;
-}
-
-template <typename Input>
-__device__ inline void write_piece(Input *row, int64_t stride, int t, int length, Access access,
-                                   const float (&y)[kPieceSteps]) {
-    if (access == Access::kVector && t + kPieceSteps <= length) {
-        alignas(16) Input out[kPieceSteps];
-#pragma unroll
-        for (int i = 0; i < kPieceSteps; ++i) out[i] = from_float<Input>(y[i]);
-#pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(out)) / 16; ++i)
-            reinterpret_cast<uint4 *>(row + t)[i] = reinterpret_cast<const uint4 *>(out)[i];
-        return;
-    }
-    Input *to = row + t * stride;
-    if (t + kPieceSteps <= length) {
-#pragma unroll
-        for (int i = 0; i < kPieceSteps; ++i, to += stride) *to = from_float<Input>(y[i]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kPieceSteps; ++i, to += stride)
-            if (t + i < length) *to = from_float<Input>(y[i]);
-    }
-}
-
-// y of `steps` steps (every second float) by 16 neighbouring threads: words of two elements where the row has them.
-template <typename Input>
-__device__ inline void write_row(Input *row, const float *y, int steps, int thread) {
-    if constexpr (sizeof(Input) == 4) {
-        for (int t = thread; t < steps; t += 16) row[t] = y[2 * t];
-    } else {
-        const int odd = reinterpret_cast<uintptr_t>(row) / 2 % 2;
-        if (odd && thread == 0) row[0] = from_float<Input>(y[0]);
-        for (int t = 2 * thread + odd; t < steps; t += 32) {
-            const Input first = from_float<Input>(y[2 * t]);
-            if (t + 1 < steps) {
-                Input pair[2] = {first, from_float<Input>(y[2 * t + 2])};
-                uint32_t word;
-                memcpy(&word, pair, 4);
-                *reinterpret_cast<uint32_t *>(row + t) = word;
-            } else {
-                row[t] = first;
-            }
-        }
-    }
-}
 
 __device__ inline float ex2(float x) {
     float y;
@@ -245,7 +119,8 @@ selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid
             const Strides4 &s = is_B ? p.B_strides : p.C_strides;
             const Input *from = static_cast<const Input *>(is_B ? p.B : p.C)
                 + b * s.batch + group * s.group + (is_B ? row : row - p.dstate) * s.state;
-            BC[i] = read_piece(from, s.time, start + BC_step[i], length, is_B ? access.B : access.C);
+            const int t = start + BC_step[i];
+            BC[i] = read_piece(from + t * s.time, s.time, length - t, is_B ? access.B : access.C);
         }
     };
     auto put_BC = [&](float *tile) {
@@ -289,8 +164,9 @@ selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid
         for (int i = 0; i < kPieces; ++i) {
             const int t = start + piece_step(i);
             const Input *u_row = row_of(p.u, p.u_strides, i), *delta_row = row_of(p.delta, p.delta_strides, i);
-            u_next[i] = read_piece(u_row, p.u_strides.time, t, length, access.u);
-            delta_next[i] = read_piece(delta_row, p.delta_strides.time, t, length, access.delta);
+            u_next[i] = read_piece(u_row + t * p.u_strides.time, p.u_strides.time, length - t, access.u);
+            delta_next[i] = read_piece(delta_row + t * p.delta_strides.time, p.delta_strides.time, length - t,
+                                       access.delta);
         }
     };
 
@@ -349,9 +225,11 @@ selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid
         }
         if (p.z != nullptr)
 #pragma unroll
-            for (int i = 0; i < kPieces; ++i)
-                z[i] = read_piece(row_of(p.z, p.z_strides, i), p.z_strides.time, start + piece_step(i), length,
+            for (int i = 0; i < kPieces; ++i) {
+                const int t = start + piece_step(i);
+                z[i] = read_piece(row_of(p.z, p.z_strides, i) + t * p.z_strides.time, p.z_strides.time, length - t,
                                   access.z);
+            }
         const bool more = start + kSteps < length;
         if (more) {
             read_inputs(start + kSteps);
@@ -452,8 +330,9 @@ selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid
                 for (int k = 0; k < kPieceSteps; k += 2)
                     from[k / 2] = make_float4(y[k], 0.f, y[k + 1], 0.f);
             } else if (first_channel + piece_channel(i) <= last) {
-                write_piece(const_cast<Input *>(row_of(p.y, p.y_strides, i)), p.y_strides.time, start + piece_step(i),
-                            length, access.y, y);
+                const int t = start + piece_step(i);
+                write_piece(const_cast<Input *>(row_of(p.y, p.y_strides, i)) + t * p.y_strides.time, p.y_strides.time,
+                            length - t, access.y, y);
             }
         }
         if (access.y == Access::kShifted) {
@@ -462,7 +341,7 @@ selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid
             for (int c = lane / 16; c < count; c += 2) {     // half a warp a row
                 Input *row = static_cast<Input *>(p.y) + b * p.y_strides.batch
                     + (first_channel + c) * p.y_strides.channel + start;
-                write_row(row, rows + c * Tile::kRow, steps, lane % 16);
+                write_row<2>(row, rows + c * Tile::kRow, steps, lane % 16);
             }
             __syncwarp();
         }

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "kernels/selective_scan_fwd.cuh"
+#include "kernels/selective_scan_quads.cuh"
 #include "kernels/selective_scan_tiled.cuh"
 #include "ops/cuda_common.h"
 #include "ops/cuda_launchers.h"
@@ -47,7 +48,7 @@ void launch_general(const SelectiveScanParams &p, cudaStream_t stream) {
     return launch_general<Input, 16, 16>(p, stream);
 }
 
-// ---- the fast form: one group
+// ---- the fast forms: one group
 
 template <typename Input, int kStates, int kLanes, int kChannels, int kWarps, int kMinBlocks>
 void launch_tiled(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
@@ -68,16 +69,6 @@ constexpr int64_t kFewChannels = 8192, kManyChannels = 24576;
 
 template <typename Input>
 void launch_tiled(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
-    if (p.dstate > 16) {
-        if (p.dstate <= 24) return launch_tiled<Input, 3, 8, 2, 4, 4>(p, access, stream);
-        if (p.dstate <= 32) return launch_tiled<Input, 4, 8, 2, 4, 4>(p, access, stream);
-        if (p.dstate <= 48) return launch_tiled<Input, 6, 8, 2, 4, 3>(p, access, stream);
-        if (p.dstate <= 64) return launch_tiled<Input, 8, 8, 2, 4, 3>(p, access, stream);
-        if (p.dstate <= 96) return launch_tiled<Input, 6, 16, 2, 4, 3>(p, access, stream);
-        if (p.dstate <= 128) return launch_tiled<Input, 8, 16, 2, 4, 2>(p, access, stream);
-        if (p.dstate <= 192) return launch_tiled<Input, 6, 32, 2, 8, 1>(p, access, stream);
-        return launch_tiled<Input, 8, 32, 2, 8, 1>(p, access, stream);
-    }
     constexpr int kRoom = sizeof(Input) == 4 ? 3 : 5;        // CTAs per SM that the registers must leave room for
     const int64_t channels = int64_t{p.batch} * p.channels;
     if (channels < kFewChannels) {
@@ -90,16 +81,86 @@ void launch_tiled(const SelectiveScanParams &p, const ScanAccess &access, cudaSt
         if (p.dstate <= 12) return launch_tiled<Input, 3, 4, 1, 4, kRoom>(p, access, stream);
         return launch_tiled<Input, 4, 4, 1, 4, kRoom>(p, access, stream);
     }
-    switch ((p.dstate + 1) / 2) {                            // never more than one state that is not there
+    switch ((p.dstate + 1) / 2) {                            // two lanes; other numbers go to launch_many_channels
         case 1: return launch_tiled<Input, 1, 2, 1, 4, kRoom>(p, access, stream);
-        case 2: return launch_tiled<Input, 2, 2, 1, 4, kRoom>(p, access, stream);
         case 3: return launch_tiled<Input, 3, 2, 1, 4, kRoom>(p, access, stream);
-        case 4: return launch_tiled<Input, 4, 2, 1, 4, kRoom>(p, access, stream);
         case 5: return launch_tiled<Input, 5, 2, 1, 4, kRoom>(p, access, stream);
-        case 6: return launch_tiled<Input, 6, 2, 1, 4, kRoom>(p, access, stream);
-        case 7: return launch_tiled<Input, 7, 2, 1, 4, kRoom>(p, access, stream);
-        default: return launch_tiled<Input, 8, 2, 1, 4, kRoom>(p, access, stream);
+        default: return launch_tiled<Input, 7, 2, 1, 4, kRoom>(p, access, stream);
     }
+}
+
+// Where u, delta, z, y and B, C lie so that one way of access does for all of them.
+ScanQuadsAccess joined(const ScanAccess &access) {
+    return {std::max({access.u, access.delta, access.z, access.y}), std::max(access.B, access.C)};
+}
+
+template <typename Input, typename Shape, int kMinBlocks, bool kAligned, bool kSegmented>
+void launch_quads_kernel(const SelectiveScanParams &p, const ScanQuadsAccess &access, int segments,
+                         cudaStream_t stream) {
+    const auto kernel = selective_scan_quads<Input, Shape, kMinBlocks, kAligned, kSegmented>;
+    STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes)
+                    == cudaSuccess,
+                    "shedder_cuda::selective_scan: no ", Shape::kSharedBytes, " bytes of shared memory");
+    constexpr int kCtaChannels = kTileChannels * Shape::kTiles;
+    const unsigned along_length = kSegmented ? segments : 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(along_length, (p.channels + kCtaChannels - 1) / kCtaChannels, p.batch);
+    config.blockDim = Shape::kThreads;
+    config.dynamicSmemBytes = Shape::kSharedBytes;
+    config.stream = stream;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {along_length, 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = kSegmented ? 1 : 0;
+    cudaLaunchKernelEx(&config, kernel, p, access);          // check_launch sees an error
+}
+
+template <typename Input, int kStates, int kSplit, int kTiles, int kSteps, int kMinBlocks, bool kSegmented = false>
+void launch_quads(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream, int segments = 1) {
+    using Shape = ScanQuads<kStates, kSplit, kTiles, kSteps>;
+    constexpr int kRoom = sizeof(Input) == 4 ? (kMinBlocks + 1) / 2 : kMinBlocks;    // pieces of fp32 take registers
+    const ScanQuadsAccess how = joined(access);
+    if (how.rows == Access::kVector && how.BC == Access::kVector)
+        launch_quads_kernel<Input, Shape, kRoom, true, kSegmented>(p, how, segments, stream);
+    else
+        launch_quads_kernel<Input, Shape, kRoom, false, kSegmented>(p, how, segments, stream);
+}
+
+template <typename Input>
+void launch_many_states(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
+    constexpr int kFewSteps = sizeof(Input) == 4 ? 16 : 32;  // 32 of fp32 spill where 16 warps share the registers
+    if (p.dstate <= 24) return launch_quads<Input, 3, 2, 2, 32, 4>(p, access, stream);
+    if (p.dstate <= 32) return launch_quads<Input, 4, 2, 2, 32, 4>(p, access, stream);
+    if (p.dstate <= 48) return launch_quads<Input, 3, 4, 1, 32, 4>(p, access, stream);
+    if (p.dstate <= 64) return launch_quads<Input, 4, 4, 1, 32, 4>(p, access, stream);
+    if (p.dstate <= 96) return launch_quads<Input, 3, 8, 1, 32, 2>(p, access, stream);
+    if (p.dstate <= 128) return launch_quads<Input, 4, 8, 1, 32, 2>(p, access, stream);
+    if (p.dstate <= 192) return launch_quads<Input, 3, 16, 1, kFewSteps, 1>(p, access, stream);
+    return launch_quads<Input, 4, 16, 1, kFewSteps, 1>(p, access, stream);
+}
+
+template <typename Input>
+void launch_many_channels(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
+    if (p.dstate <= 4) return launch_quads<Input, 1, 1, 4, 32, 5>(p, access, stream);
+    if (p.dstate <= 8) return launch_quads<Input, 2, 1, 4, 32, 5>(p, access, stream);
+    if (p.dstate <= 12) return launch_quads<Input, 3, 1, 4, 32, 5>(p, access, stream);
+    return launch_quads<Input, 4, 1, 4, 32, 5>(p, access, stream);
+}
+
+// Few channels: a cluster shares the sequence. False where that is not worth two passes, or there are no clusters.
+template <typename Input>
+bool launch_segments(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
+    constexpr int kFewTiles = 80, kFullTiles = 320, kMaxSegments = 8, kShortest = 128;
+    const int64_t tiles = int64_t{p.batch} * ((p.channels + kTileChannels - 1) / kTileChannels);
+    if (tiles > kFewTiles) return false;
+    const int64_t segments = std::min<int64_t>({kMaxSegments, kFullTiles / tiles, p.length / kShortest});
+    int device = 0, clusters = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
+    if (segments < 2 || !clusters) return false;
+    launch_quads<Input, 1, 4, 1, 64, 4, true>(p, access, stream, static_cast<int>(segments));
+    return true;
 }
 
 // How rows along time may be accessed: data and the strides of everything but time, in elements.
@@ -114,8 +175,13 @@ Access access_of(const Tensor &t) {
 template <typename Input>
 void launch(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
     const bool general = p.channel_to_group != nullptr || p.seq_idx != nullptr || p.constant_B || p.constant_C;
-    if (general) launch_general<Input>(p, stream);
-    else launch_tiled<Input>(p, access, stream);
+    if (general) return launch_general<Input>(p, stream);
+    if (p.dstate > 16) return launch_many_states<Input>(p, access, stream);
+    const int64_t channels = int64_t{p.batch} * p.channels;
+    // Four lanes with at most one state that is not there take less time than two lanes; with two such, more.
+    const bool four_lanes_full = (p.dstate + 1) % 4 <= 1;
+    if (channels >= kManyChannels && four_lanes_full) return launch_many_channels<Input>(p, access, stream);
+    if (!launch_segments<Input>(p, access, stream)) launch_tiled<Input>(p, access, stream);
 }
 
 }  // namespace
