@@ -1,0 +1,83 @@
+"""What nvcc made of the CUDA kernels, read from the built library: no GPU is needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from shedder import native
+
+LIBRARY = native.LIBRARY_FOLDER / "libshedder_cuda.so"
+
+
+def _cuobjdump() -> str | None:
+    """From the PATH, or the one that Triton brings."""
+    triton = find_spec("triton")
+    folder = None if triton is None or triton.origin is None else Path(triton.origin).parent / "backends/nvidia/bin"
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=folder)
+
+
+pytestmark = [
+    pytest.mark.skipif(not LIBRARY.exists(), reason=f"{LIBRARY} was not built"),
+    pytest.mark.skipif(_cuobjdump() is None, reason="no cuobjdump"),
+]
+
+
+@pytest.fixture(scope="module")
+def opcodes() -> dict[str, Counter[str]]:
+    """Of each kernel (mangled), how often each opcode with its modifiers occurs."""
+    tool = _cuobjdump()
+    assert tool is not None
+    dump = subprocess.Popen([tool, "-sass", str(LIBRARY)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert dump.stdout is not None
+    kernels: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    instruction = re.compile(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+    for line in dump.stdout:
+        if "Function : " in line:
+            counts = kernels.setdefault(line.split("Function : ")[1].strip(), Counter())
+        elif (match := instruction.search(line)) is not None:
+            counts[match[1]] += 1
+    assert dump.wait() == 0
+    return kernels
+
+
+def known(family: str, reason: str) -> object:
+    return pytest.param(family, marks=pytest.mark.xfail(reason=reason, strict=False))
+
+
+FAMILIES = ["selective_scan_fwd", "selective_scan_tiled", "selective_scan_quads", "gated_rmsnorm", "state_update",
+            known("ssd_fwd", "99 to 140 accesses of local memory in each of its kernels when this test was written"),
+            known("causal_conv1d", "3 and 6 accesses in two fp32 kernels when this test was written")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_kernel_spills_or_keeps_an_array_in_local_memory(opcodes, family):
+    kernels = {kernel: counts for kernel, counts in opcodes.items() if family in kernel}
+    assert kernels, f"the library has no kernel called {family}"
+    local = {kernel: count for kernel, counts in kernels.items()
+             if (count := sum(n for opcode, n in counts.items() if opcode.startswith(("LDL", "STL"))))}
+    assert not local, "loads and stores of local memory: " + ", ".join(f"{k} {n}" for k, n in local.items())
+
+
+@pytest.mark.parametrize("family", ["selective_scan_quads", "selective_scan_tiled"])
+def test_rows_on_the_grid_are_read_16_bytes_at_a_time(opcodes, family):
+    _assert_all_have(opcodes, family, "LDG.E.128")
+
+
+@pytest.mark.parametrize("family", [
+    known("selective_scan_quads", "one kernel, bf16 in segments, writes y by words of 4 bytes"), "selective_scan_tiled"])
+def test_rows_on_the_grid_are_written_16_bytes_at_a_time(opcodes, family):
+    _assert_all_have(opcodes, family, "STG.E.128")
+
+
+def _assert_all_have(opcodes: dict[str, Counter[str]], family: str, opcode: str) -> None:
+    without = [kernel for kernel, counts in opcodes.items()
+               if family in kernel and not any(one.startswith(opcode) for one in counts)]
+    assert not without, f"no {opcode} in {without}"
