@@ -72,7 +72,7 @@ def test_rows_on_the_grid_are_read_16_bytes_at_a_time(opcodes, family):
 
 
 @pytest.mark.parametrize("family", [
-    known("selective_scan_quads", "one kernel, bf16 in segments, writes y by words of 4 bytes"), "selective_scan_tiled"])
+    known("selective_scan_quads", "one kernel, bf16 in segments, writes words of 4 bytes"), "selective_scan_tiled"])
 def test_rows_on_the_grid_are_written_16_bytes_at_a_time(opcodes, family):
     _assert_all_have(opcodes, family, "STG.E.128")
 
