@@ -149,7 +149,7 @@ def plot(folder: Path, target: Path, ops: tuple[str, ...] = ("selective_scan", "
 
     rows: list[Row] = []
     runs: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in (path for path in results.files(folder.parent) if path.parent == folder):
         data = results.load(path)
         runs |= {f"{path.stem}-{name}": run for name, run in data["runs"].items()}
         rows += [{**row, "run": f"{path.stem}-{row['run']}"} for row in data["rows"]]
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         tables = {f"{path.parent.name}/{path.stem}": suite_table(path)
-                  for path in sorted(options.results.glob("*/*.json"))}
+                  for path in results.files(options.results)}
         if not tables:
             raise results.ResultsError(f"{options.results} has no results; run pytest bench/ on a GPU first")
         if options.fill:
