@@ -312,6 +312,8 @@ def damaged(path, change) -> None:
     (lambda facts, tensors: tensors.update({"layers.0.nose": torch.zeros(8, dtype=torch.float64)}), "layers.0.nose"),
     (lambda facts, tensors: tensors.update({"layers.0.head": torch.full((8,), math.nan).double()}), "finite float64"),
     (lambda facts, tensors: tensors.update({"layers.0.head": torch.zeros(8)}), "finite float64"),
+    (lambda facts, tensors: tensors["layers.0.head"][3].mul_(1.01), "is not what was written: its digest differs"),
+    (lambda facts, tensors: facts.update(comparable=not facts["comparable"]), "its digest differs"),
 ])
 def test_damaged_scores_are_refused(change, message, tmp_path):
     path = tmp_path / "scores.safetensors"

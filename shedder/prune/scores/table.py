@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -71,11 +72,12 @@ class Scores:
                  "comparable": self.comparable, "provenance": self.provenance}
         tensors = {f"layers.{index}.{axis}": values.contiguous() for index, scores in enumerate(self.layers)
                    for axis, values in scores.items()}
+        facts["digest"] = _digest(facts, tensors)
         _write_atomically(Path(path), save(tensors, {"shedder": json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Raises ScoresError unless the file holds scores of this version, all of them finite."""
+        """Raises ScoresError unless the file holds scores of this version, all finite, just as they were written."""
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {}).get("shedder", "null"))
@@ -107,7 +109,17 @@ class Scores:
             if values.dtype != torch.float64 or not values.isfinite().all():
                 raise ScoresError(f"{name} is {values.dtype}; accepted: finite float64")
             layers[int(index)][axis] = values
+        if facts.get("digest") != _digest({name: facts[name] for name in facts if name != "digest"}, tensors):
+            raise ScoresError("is not what was written: its digest differs")
         return cls(family, tuple(layers), facts["comparable"], provenance)
+
+
+def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    as_read = json.loads(json.dumps(facts))             # keys are strings by then
+    found = hashlib.sha256(json.dumps(as_read, sort_keys=True).encode())
+    for name in sorted(tensors):
+        found.update(name.encode() + tensors[name].cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def combined(parts: Mapping[str, Scores]) -> Scores:
