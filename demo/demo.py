@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import shedder
-from shedder import latency, report
+from shedder import latency, report, report_html
 from shedder.evaluate import perplexity
 from shedder.nn import LanguageModel
 from shedder.prune import masked, parameter_count, prefix, state_bytes
@@ -61,7 +61,7 @@ def main() -> None:
     _print_table(models, times, quality)
     done = report.collect(f"{folder.name} pruned to {arguments.params:.0%} of its parameters", dense.config, plan,
                           perplexity=(quality["dense"], quality["compacted"]), latency=list(times.values()))
-    report.write(done, arguments.out / "report.html")
+    report_html.write(done, arguments.out / "report.html")
     plot(points, arguments.out / "search.png", _name(device))
     (arguments.out / "report.json").write_text(json.dumps(
         {"device": _name(device), "points": points, "perplexity": quality,

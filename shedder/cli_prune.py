@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import shedder
-from shedder import latency, report
+from shedder import latency, report, report_html
 from shedder.checkpoint import check_target
 from shedder.evaluate import perplexity
 from shedder.nn import LanguageModel
@@ -89,7 +89,7 @@ def _apply(arguments: argparse.Namespace, model: LanguageModel, plan: Plan, text
     times = list(latency.compare({"dense": model, "compacted": small}).values()) if arguments.measure else []
     done = report.collect(f"{arguments.model} pruned to {arguments.out}", model.config, plan, perplexity=quality,
                           along=along, latency=times)
-    written = [] if arguments.report is None else report.write(done, arguments.report)
+    written = [] if arguments.report is None else report_html.write(done, arguments.report)
     if arguments.json:
         print_json({"out": str(arguments.out), "plan": json.loads(plan.to_json()),
                     "parameters": [parameter_count(model.config), parameter_count(small.config)],

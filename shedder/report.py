@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from shedder.latency import Latency
 from shedder.layout import RemovedBlock, RemovedSSM
 from shedder.nn import LanguageModel
 from shedder.nn.config import ModelConfig
-from shedder.prune.plan import LayerPlan, Plan, write_atomically
+from shedder.prune.plan import LayerPlan, Plan
 from shedder.prune.search import prefix
 from shedder.prune.size import flops, layer_parameters, parameter_count, state_bytes
 from shedder.prune.slice import compact
@@ -235,23 +234,3 @@ def draw(report: Report, path: Path) -> None:
         axis.legend(frameon=False)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
-
-
-def write(report: Report, path: Path) -> list[Path]:
-    """The HTML file, and beside it the search as CSV and PNG where there was one. Returns what was written."""
-    from shedder.report_html import render
-
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"report is {str(path)!r}; accepted: a file name that ends in .html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = [path]
-    write_atomically(path, render(report))
-    if report.points:
-        write_atomically(path.with_suffix(".csv"), to_csv(report))
-        written.append(path.with_suffix(".csv"))
-    if any(point.perplexity is not None for point in report.points):
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            draw(report, Path(folder) / "plot.png")
-            (Path(folder) / "plot.png").replace(path.with_suffix(".png"))
-        written.append(path.with_suffix(".png"))
-    return written

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from pathlib import Path
 
-from shedder.report import Figure, KeptUnits, LayerReport, Point, Report
+from shedder.prune.plan import write_atomically
+from shedder.report import Figure, KeptUnits, LayerReport, Point, Report, draw, to_csv
 
 AXIS_NAMES = {"head": "heads", "channel": "channels", "state": "states", "group": "B/C groups",
               "head_channel": "head channels", "mlp": "MLP channels", "rank": "rank of dt", "tap": "taps",
@@ -276,3 +279,21 @@ def _plan(report: Report) -> str:
     return (f"<h2>The plan</h2><p>{escape(facts)}</p><details><summary>plan as JSON</summary>"
             f"<pre>{escape(json.dumps(plan, indent=1))}</pre></details><details><summary>how it was found</summary>"
             f"<pre>{escape(json.dumps(settings, indent=1))}</pre></details>")
+
+
+def write(report: Report, path: Path) -> list[Path]:
+    """The HTML file, and beside it the search as CSV and PNG where there was one. Returns what was written."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"report is {str(path)!r}; accepted: a file name that ends in .html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [path]
+    write_atomically(path, render(report))
+    if report.points:
+        write_atomically(path.with_suffix(".csv"), to_csv(report))
+        written.append(path.with_suffix(".csv"))
+    if any(point.perplexity is not None for point in report.points):
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            draw(report, Path(folder) / "plot.png")
+            (Path(folder) / "plot.png").replace(path.with_suffix(".png"))
+        written.append(path.with_suffix(".png"))
+    return written

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import shedder
-from shedder import report
+from shedder import report, report_html
 from shedder.evaluate import perplexity
 from shedder.latency import Latency
 from shedder.layout import NormSegment, ScanLayout, SSDLayout
@@ -121,7 +121,7 @@ def test_the_page_needs_nothing_but_itself(family, perplexities):
 
 
 def test_a_plan_by_hand_has_a_report_without_a_search(tmp_path):
-    written = report.write(build(), tmp_path / "deep/er/report.html")
+    written = report_html.write(build(), tmp_path / "deep/er/report.html")
     assert [path.name for path in written] == ["report.html"]
     assert "The search" not in written[0].read_text()
 
@@ -148,9 +148,10 @@ def test_points_along_the_search_are_those_models_on_held_out_text(family, tmp_p
 
 
 def test_csv_and_png_lie_beside_the_page(tmp_path):
-    written = report.write(build(trajectory=trajectory([3000, 2500, 2000], [10.0, 9.0, 11.0])), tmp_path / "r.html")
+    found = build(trajectory=trajectory([3000, 2500, 2000], [10.0, 9.0, 11.0]))
+    written = report_html.write(found, tmp_path / "r.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "r.html", "r.png"] == sorted(
         path.name for path in written)
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"report is 'r.txt'; accepted: a file name that ends in .html"):
-        report.write(build(), type(tmp_path)("r.txt"))
+        report_html.write(build(), type(tmp_path)("r.txt"))
