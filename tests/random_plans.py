@@ -131,11 +131,16 @@ def random_layer_plan(rng: random.Random, layout, family: str) -> LayerPlan:
         return LayerPlan(**cut)
     reads = layout.head_to_group if family == "mamba2" else layout.channel_to_group or (0,) * units
     groups = some(rng, range(layout.ngroups), layout.ngroups - 1)
-    if any(unit not in cut[own] and reads[unit] not in groups for unit in range(units)):
+    loses_all = layout.ngroups > 1 and rng.randint(0, 5) == 0
+    if loses_all:                                       # one group all its units, without a word of the group
+        alone = rng.choice(reads)
+        cut[own] = tuple(unit for unit in range(units) if reads[unit] == alone)
+    elif any(unit not in cut[own] and reads[unit] not in groups for unit in range(units)):
         cut["groups"] = groups
     if rng.randint(0, 3) == 0:
         return LayerPlan(ssm=True, **cut)
-    cut["merge"] = merge_sets(rng, layout.ngroups)
+    if not loses_all:
+        cut["merge"] = merge_sets(rng, layout.ngroups)
     states = lists(rng, layout.ngroups, layout.dstate)
     if family == "mamba1":
         return LayerPlan(states=states[:1] * layout.ngroups, ranks=rng.randint(0, layout.dt_rank - 1), **cut)
