@@ -21,10 +21,8 @@ def replacement(folder: Path) -> Iterator[Path]:
     another one is writing, and swept away by the next replacement.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    lock = os.open(new, os.O_RDONLY)
+    new, lock = _locked_folder(folder)
     try:
-        _try_lock(lock)
         new.chmod(0o777 & ~_umask())                    # mkdtemp makes private folders
         yield new
         for path in new.rglob("*"):
@@ -88,6 +86,26 @@ def _exchange(a: Path, b: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(b))
+
+
+def _locked_folder(folder: Path) -> tuple[Path, int]:
+    """A new folder beside `folder`, and its lock. One that another process swept before it was locked is made again."""
+    while True:
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+        try:
+            lock = os.open(new, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:                         # it is being swept
+            os.close(lock)
+            continue
+        except OSError:                                 # a file system without locks, where nobody sweeps
+            pass
+        if os.fstat(lock).st_nlink:
+            return new, lock
+        os.close(lock)
 
 
 def _try_lock(descriptor: int) -> bool:
