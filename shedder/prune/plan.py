@@ -273,12 +273,12 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file in one step: a reader, or a crash, sees the old text or the new one."""
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Replaces the file in one step: a reader, or a crash, sees the old content or the new one. Text becomes UTF-8."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)                     # mkstemp makes files that only the owner may read

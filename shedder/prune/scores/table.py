@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from shedder.nn.config import FAMILIES, ModelConfig
 from shedder.prune.kept import group_of
+from shedder.prune.plan import write_atomically
 from shedder.prune.units import ALL, AXES
 
 FORMAT = "shedder.scores"
@@ -73,7 +73,7 @@ class Scores:
         tensors = {f"layers.{index}.{axis}": values.contiguous() for index, scores in enumerate(self.layers)
                    for axis, values in scores.items()}
         facts["digest"] = _digest(facts, tensors)
-        _write_atomically(Path(path), save(tensors, {"shedder": json.dumps(facts)}))
+        write_atomically(Path(path), save(tensors, {"shedder": json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -152,17 +152,3 @@ def layer_adaptive(values: Sequence[float]) -> list[float]:
         total += values[unit]
         shares[unit] = values[unit] / total if total > 0 else 0.0
     return shares
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
