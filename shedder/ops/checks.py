@@ -94,6 +94,20 @@ def check_size(name: str, size: int, low: int, high: int) -> None:
         raise ValueError(f"{name} is {size}; accepted: {low} to {high}")
 
 
+def check_norm_segments(norm_weight: Tensor | None, segments: tuple[tuple[int, float], ...], channels: int,
+                        letter: str) -> None:
+    """Raise unless there is neither norm_weight nor a segment, or segments of all `channels`, named `letter`."""
+    if (norm_weight is None) != (not segments):
+        raise ValueError(f"norm_weight is {'None' if norm_weight is None else 'a tensor'} and norm_segments is "
+                         f"{list(segments)}; accepted: both, or neither")
+    if norm_weight is None:
+        return
+    check_shape("norm_weight", norm_weight, (channels,), f"({letter},)")
+    if sum(size for size, _ in segments) != channels or min(size for size, _ in segments) < 1:
+        raise ValueError(f"norm_segments is {list(segments)}; accepted: (channels, eps) with positive channels "
+                         f"that add up to {letter} = {channels}")
+
+
 def check_activation(activation: str | None) -> bool:
     """Whether to apply SiLU."""
     if activation not in (None, "silu", "swish"):

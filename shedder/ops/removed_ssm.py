@@ -15,6 +15,7 @@ from shedder.ops.checks import (
     FLOATS,
     OncePerLook,
     check_dtype,
+    check_norm_segments,
     check_parameter,
     check_same_device,
     check_shape,
@@ -117,14 +118,7 @@ def _check(tensors: tuple[Any, ...], segments: tuple[tuple[int, float], ...]) ->
         if heads == 0 or channels % heads or tuple(D.shape[1:]) not in ((), (channels // heads,)):
             raise ValueError(f"D has shape {tuple(getattr(D, 'shape', ()))}; accepted: (H,) or (H, P) with "
                              f"HP = C = {channels}")
-    if (norm_weight is None) != (not segments):
-        raise ValueError(f"norm_weight is {'None' if norm_weight is None else 'a tensor'} and norm_segments is "
-                         f"{list(segments)}; accepted: both, or neither")
-    if norm_weight is not None:
-        check_shape("norm_weight", norm_weight, (channels,), "(C,)")
-        if sum(size for size, _ in segments) != channels or min(size for size, _ in segments) < 1:
-            raise ValueError(f"norm_segments is {list(segments)}; accepted: (channels, eps) with positive channels "
-                             f"that add up to C = {channels}")
+    check_norm_segments(norm_weight, segments, channels, "C")
     if initial_states is not None:
         check_shape("initial_states", initial_states, (batch, channels, width - 1), "(B, C, W-1)")
         check_dtype("initial_states", initial_states, (x.dtype,), ", the dtype of x")

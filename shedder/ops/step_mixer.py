@@ -16,6 +16,7 @@ from shedder.ops.checks import (
     MAX_STATES,
     OncePerLook,
     check_dtype,
+    check_norm_segments,
     check_parameter,
     check_same_device,
     check_shape,
@@ -150,14 +151,7 @@ def _check_and_decide(tensors: tuple[Any, ...], headdim: int, ngroups: int, dsta
     if conv_bias is not None:
         check_shape("conv_bias", conv_bias, (channels,), "(HP + 2GN,)")
         check_dtype("conv_bias", conv_bias, (conv_weight.dtype,), ", the dtype of conv_weight")
-    if (norm_weight is None) != (not segments):
-        raise ValueError(f"norm_weight is {'None' if norm_weight is None else 'a tensor'} and norm_segments is "
-                         f"{list(segments)}; accepted: both, or neither")
-    if norm_weight is not None:
-        check_shape("norm_weight", norm_weight, (inner,), "(HP,)")
-        if sum(size for size, _ in segments) != inner or min(size for size, _ in segments) < 1:
-            raise ValueError(f"norm_segments is {list(segments)}; accepted: (channels, eps) with positive channels "
-                             f"that add up to HP = {inner}")
+    check_norm_segments(norm_weight, segments, inner, "HP")
     low, high = dt_limit
     if not 0 <= low <= high:
         raise ValueError(f"dt_limit is {dt_limit}; accepted: two numbers, 0 <= low <= high")
