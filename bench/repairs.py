@@ -10,7 +10,6 @@ demo/text/heldout.txt. No training. What goes is chosen by the energy behind out
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 import shedder
-from bench.quality import DEMO, RESULT, commit, write
+from bench.quality import DEMO, commit, write
 from shedder.evaluate import perplexity
 from shedder.layout import ScanLayout, SSDLayout
 from shedder.nn import LanguageModel
@@ -118,12 +117,11 @@ def main() -> None:
                 row = {"model": family, "table": "repairs", "case": cut.name, "norm_repair": norm_repair,
                        "repairs": list(repairs), "perplexity": perplexity(small, heldout, length=LENGTH),
                        "dense_perplexity": dense, "calibration": [SEQUENCES, LENGTH],
-                       "heldout_tokens": HELDOUT_TOKENS}
+                       "heldout_tokens": HELDOUT_TOKENS, "commit": commit()}
                 rows.append(row)
                 print(f"{cut.name:46} {norm_repair:>6} {' '.join(repairs):24} {row['perplexity']:8.3f}", flush=True)
     if not arguments.no_write:
-        facts = json.loads(RESULT.read_text()) if RESULT.exists() else {"commit": commit()}
-        write({name: value for name, value in facts.items() if name != "rows"}, rows)
+        write(rows)
 
 
 if __name__ == "__main__":
