@@ -40,7 +40,8 @@ CONFIGS = {
     "mamba1-options": config("mamba1", proj_bias=True, conv_bias=False, tie_embeddings=False,
                              residual_in_fp32=False),
     "all removed": config("mamba2", layers=(RemovedBlock(), RemovedBlock())),
-    "one tap": config("mamba1", layers=(ScanLayout(d_inner=6, dstate=3, dt_rank=1, conv_width=1),)),
+    "one tap": config("mamba1", layers=(ScanLayout(d_inner=6, dstate=3, dt_rank=1, conv_width=1),
+                                        RemovedSSM(nheads=6, headdim=1, conv_width=1))),
 }
 
 

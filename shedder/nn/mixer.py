@@ -94,12 +94,18 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState |
         return causal_conv1d_update(x, state.conv, weight, bias, activation="silu").transpose(1, 2)
     history = past(state.conv, x.dtype) if kept else None
     y = causal_conv1d_fn(x, weight, bias, initial_states=history, activation="silu")
+    remember(state.conv, x)
+    return y.transpose(1, 2)
+
+
+def remember(conv_state: Tensor, x: Tensor) -> None:
+    """Make conv_state (B, C, W-1) the last inputs of a convolution that has gone on over x (B, C, L)."""
+    length, kept = x.shape[2], conv_state.shape[2]
     with torch.no_grad():
         if length < kept:
-            state.conv.copy_(torch.cat([state.conv[..., length:], x.to(state.conv.dtype)], dim=-1))
+            conv_state.copy_(torch.cat([conv_state[..., length:], x.to(conv_state.dtype)], dim=-1))
         else:
-            state.conv.copy_(x[..., length - kept:])
-    return y.transpose(1, 2)
+            conv_state.copy_(x[..., length - kept:])
 
 
 def split_mlp(projected: Tensor, channels: int) -> tuple[Tensor | None, Tensor]:

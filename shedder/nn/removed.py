@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shedder.layout import RemovedSSM
 from shedder.nn.config import ModelConfig
 from shedder.nn.mamba2 import gate_and_norm_probed
-from shedder.nn.mixer import Mixer, beside, convolve, empty_conv, empty_linear, empty_parameter, split_mlp
+from shedder.nn.mixer import (
+    Mixer,
+    beside,
+    convolve,
+    empty_conv,
+    empty_linear,
+    empty_parameter,
+    past,
+    remember,
+    split_mlp,
+)
 from shedder.nn.norm import GatedRMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
-from shedder.ops import linear, step_mixer
+from shedder.ops import linear, removed_ssm, step_mixer
 
 
 class RemovedSSMMixer(Mixer):
@@ -61,11 +70,15 @@ class RemovedSSMMixer(Mixer):
         mlp, both = split_mlp(linear(hidden, self.in_proj.weight, self.in_proj.bias), self.layout.mlp_channels)
         first, second = both.chunk(2, dim=-1)
         x, z = (first, second) if self.is_mamba1 else (second, first)
-        x = convolve(x, conv_weight, self.conv1d.bias, state)                     # (B, L, d_inner)
         if self.probe is not None:
+            x = convolve(x, conv_weight, self.conv1d.bias, state)                 # (B, L, d_inner)
             return self._finish_probed(mlp, x, z, D)
-        y = x if self.D is None else (x * D).to(x.dtype)
-        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        y = removed_ssm(
+            x, z, conv_weight, self.conv1d.bias, self.D, None if self.norm is None else self.norm.weight,
+            norm_segments=self._norm_segments, norm_before_gate=self.norm_before_gate,
+            initial_states=None if state is None else past(state.conv, x.dtype))
+        if state is not None:
+            remember(state.conv, x.transpose(1, 2))
         return linear(beside(mlp, y), self.out_proj.weight, self.out_proj.bias)
 
     def _step(self, hidden: Tensor, state: LayerState) -> Tensor:
