@@ -6,15 +6,12 @@ that is cut short keeps what it measured.
 
 from __future__ import annotations
 
-import datetime
-import importlib
+import gc
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--sides", default="ours,peer", help="what to measure: ours, peer, or both (default)")
     group.addoption("--budget-s", type=float, default=float("inf"),
                     help="seconds a suite may take; workloads that come later are skipped")
-    group.addoption("--row-s", type=float, default=0.3, help="seconds of replays per side and workload (default 0.3)")
+    group.addoption("--row-s", type=float, default=0.3,
+                    help="seconds of replays per side and workload (default 0.3); a third of it for sweep and random")
+    group.addoption("--tune-ms", type=int, default=100,
+                    help="milliseconds that the peers' tuner times each variant (default 100, which is Triton's)")
     group.addoption("--rows", type=Path, default=None, help="write the run and each row here as JSON lines, at once")
 
 
@@ -65,60 +65,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # ---- the run
 
 
-def version(module: str) -> str | None:
-    """The version of a package that imports, or None."""
-    try:
-        found = importlib.import_module(module)
-    except Exception:                                   # a broken wheel raises more than ImportError
-        return None
-    if hasattr(found, "__version__"):
-        return str(found.__version__)
-    try:
-        return metadata.version(module)
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _clock_mhz() -> float:
-    """The SM clock while matrix products run."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    started = time.perf_counter()
-    while time.perf_counter() - started < 0.3:
-        for _ in range(20):
-            a @ a
-        torch.cuda.synchronize()
-    for _ in range(800):                                # about a second of queued work
-        a @ a
-    try:
-        answer = subprocess.run(["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "-i",
-                                 str(torch.cuda.current_device())], capture_output=True, text=True, timeout=20)
-        return float(answer.stdout.strip())
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return 0.0
-    finally:
-        torch.cuda.synchronize()
-
-
-def _commit() -> str:
-    try:
-        return subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=BENCH, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 @pytest.fixture(scope="session")
 def run(pytestconfig: pytest.Config) -> dict[str, Any]:
     """The facts of this run, as the results store them."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
-    from bench.results import source_hash
-    from shedder import latency
-    modules = ("torch", "triton", "mamba_ssm", "causal_conv1d", "shedder")
-    facts = {"gpu": torch.cuda.get_device_name(), "clock_mhz": _clock_mhz(),
-             "copy_tb_s": round(latency.copy_rate() / 1e12, 3), "commit": _commit(), "source_hash": source_hash(),
-             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-             "versions": {name: found for name in modules if (found := version(name)) is not None}}
+    from bench.measure import run_facts, tune_for
+    tune_for(pytestconfig.getoption("tune_ms"))
+    facts = run_facts()
+    gc.freeze()                                         # what is imported by now need not be looked through each row
     pytestconfig.stash[_RUN] = facts
     _emit(pytestconfig, json.dumps(facts), {"run": facts})
     return facts
@@ -194,11 +149,12 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, run: dict[str, Any],
         if time.perf_counter() - started > option("budget_s"):
             pytest.skip(f"the budget of suite {workload.suite} is spent (--budget-s)")
         rows: list[dict[str, Any]] = []
-        dense = dense_us(workload, dense_times, option("row_s")) if "ours" in sides else None
+        seconds = option("row_s") / (3 if workload.table in ("sweep", "random") else 1)
+        dense = dense_us(workload, dense_times, seconds) if "ours" in sides else None
 
         def once() -> None:
-            rows.append(measure_row(workload, machine, ours="ours" in sides, peer="peer" in sides, dense_us=dense,
-                                    budget_s=option("row_s")))
+            rows.append(measure_row(workload, machine, ours="ours" in sides, peer="peer" in sides and workload.peer,
+                                    dense_us=dense, budget_s=seconds))
 
         benchmark.pedantic(once, rounds=1, iterations=1)
         row = rows[0]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
 import gc
+import importlib
 import math
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 import torch
 
-from bench import cases
+from bench import cases, results
 from bench.workloads import Workload
 from shedder import latency, limits
 
@@ -21,6 +26,50 @@ MAX_SETS = 64           # of rotated inputs
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 Row = dict[str, Any]
+
+
+def version(module: str) -> str | None:
+    """The version of a package that imports, or None."""
+    try:
+        found = importlib.import_module(module)
+    except Exception:                                   # a broken wheel raises more than ImportError
+        return None
+    if hasattr(found, "__version__"):
+        return str(found.__version__)
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _clock_mhz() -> float:
+    """The SM clock while matrix products run."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    started = time.perf_counter()
+    while time.perf_counter() - started < 0.3:
+        for _ in range(20):
+            a @ a
+        torch.cuda.synchronize()
+    for _ in range(800):                                # about a second of queued work
+        a @ a
+    try:
+        answer = subprocess.run(["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "-i",
+                                 str(torch.cuda.current_device())], capture_output=True, text=True, timeout=20)
+        return float(answer.stdout.strip())
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return 0.0
+    finally:
+        torch.cuda.synchronize()
+
+
+def run_facts() -> dict[str, Any]:
+    """This machine, the code and the versions, as the results store them."""
+    modules = ("torch", "triton", "mamba_ssm", "causal_conv1d", "shedder")
+    return {"gpu": torch.cuda.get_device_name(), "clock_mhz": _clock_mhz(),
+            "copy_tb_s": round(latency.copy_rate() / 1e12, 3), "commit": results.commit(),
+            "source_hash": results.source_hash(),
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "versions": {name: found for name in modules if (found := version(name)) is not None}}
 
 
 @dataclass
@@ -40,6 +89,15 @@ def message(error: BaseException) -> str:
     """The kind of an exception and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+def tune_for(milliseconds: int) -> None:
+    """How long Triton's tuner, which the peers use, times each variant of a kernel."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.testing import do_bench
+
+    timer = functools.partial(do_bench, warmup=milliseconds / 4, rep=milliseconds)
+    Autotuner.do_bench = property(lambda self: timer)   # type: ignore[assignment, method-assign]
 
 
 def _first_call(side: Side, inputs: cases.Inputs, device: str) -> float:

@@ -134,20 +134,17 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def files(root: Path = RESULTS) -> list[Path]:
-    """Of kernels and models; quality.json has figures of another kind, see bench/quality.py."""
-    return sorted(path for path in root.glob("*/*.json") if path.stem != "quality")
+    """Of kernels and models; bench/quality.py and bench/claims.py have schemas of their own."""
+    return sorted(path for path in root.glob("*/*.json") if path.stem not in ("quality", "claims"))
 
 
-def _write(path: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all; one row a line, so that a diff shows which figures changed."""
-    runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run, ensure_ascii=False)}"
-                      for name, run in data["runs"].items())
-    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in data["rows"])
+def write_atomically(path: Path, text: str) -> None:
+    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
         with os.fdopen(handle, "w") as file:
-            file.write(f'{{"runs": {{\n{runs}\n}},\n"rows": [\n{rows}\n]}}\n')
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -155,6 +152,14 @@ def _write(path: Path, data: dict[str, Any]) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    """One row a line, so that a diff shows which figures changed."""
+    runs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run, ensure_ascii=False)}"
+                      for name, run in data["runs"].items())
+    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in data["rows"])
+    write_atomically(path, f'{{"runs": {{\n{runs}\n}},\n"rows": [\n{rows}\n]}}\n')
 
 
 def read_benchmark(path: Path) -> tuple[Run, list[Row]]:
@@ -250,7 +255,7 @@ def removal_pays(rows: Iterable[Row], runs: dict[str, Run]) -> list[str]:
             groups.setdefault(_group(row), []).append(row)
     failures: list[str] = []
     for group in groups.values():
-        machine = _machine(runs[group[0]["run"]])
+        machine = machine_of(runs[group[0]["run"]])
         timed = [row for row in group if row["ours_us"] is not None]
         for row in group:
             if row["ours_us"] is None:
@@ -289,7 +294,8 @@ def _against_dense(row: Row, timed: list[Row], machine: limits.Machine | None) -
         yield f"{_label(row)} takes {ratio:.3f} of dense with {left:.3f} of the work left"
 
 
-def _machine(run: Run) -> limits.Machine | None:
+def machine_of(run: Run) -> limits.Machine | None:
+    """The rates that bound a run, or None for a GPU without known ones."""
     try:
         return limits.machine(run["gpu"], run["copy_tb_s"], run["clock_mhz"])
     except ValueError:
@@ -301,7 +307,7 @@ def _label(row: Row) -> str:
     return f"{row['op']} {shape} {row['dtype']}"
 
 
-def _commit() -> str:
+def commit() -> str:
     try:
         return subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True,
                               check=True).stdout.strip()
@@ -321,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in options.runs:
             run, rows = read_benchmark(path)
             if run["commit"] == "unknown" and (options.commit or run["source_hash"] == source_hash()):
-                run = {**run, "commit": options.commit or _commit()}
+                run = {**run, "commit": options.commit or commit()}
             for written in merge(run, rows, options.results):
                 print(f"{path}: {len(rows)} rows, wrote {written}")
         failures = []

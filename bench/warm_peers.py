@@ -6,6 +6,9 @@ own that compiles the variants into Triton's cache without timing them; the benc
 as the peer means it to, from a warm cache.
 
     python -m bench.warm_peers --jobs 14
+
+With TRITON_CACHE_AUTOTUNING=1 Triton keeps what its tuner found (*.autotune.json in its cache). Set for the benchmark,
+it spares the next run the tuning; set here too, only what was found is compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import concurrent.futures
 import gc
 import itertools
 import multiprocessing
+import os
 import sys
 import time
 from typing import Any
@@ -32,12 +36,12 @@ def first_of_each_key(rows: list[Workload]) -> list[Workload]:
     return list(keys.values())
 
 
-def compile_variants(workload: Workload, part: int, parts: int) -> str:
-    """Run a workload's peer once with a tuner that compiles every `parts`-th variant and times none."""
-    import torch
-    from triton.runtime.autotuner import Autotuner
+def keeps_tuning() -> bool:
+    return os.environ.get("TRITON_CACHE_AUTOTUNING") == "1"
 
-    from bench import cases
+
+def _compile_only(part: int, parts: int) -> None:
+    from triton.runtime.autotuner import Autotuner
 
     turn = itertools.count()
 
@@ -51,6 +55,16 @@ def compile_variants(workload: Workload, part: int, parts: int) -> str:
     for tuner in gc.get_objects():
         if isinstance(tuner, Autotuner):                # this process may have had another part of the same key
             tuner.cache.clear()
+
+
+def compile_variants(workload: Workload, part: int, parts: int) -> str:
+    """Run a workload's peer once with a tuner that compiles every `parts`-th variant and times none."""
+    import torch
+
+    from bench import cases
+
+    if not keeps_tuning():
+        _compile_only(part, parts)
     started = time.perf_counter()
     peer = cases.OPS[workload.op].peer
     assert peer is not None
@@ -66,8 +80,8 @@ def main() -> int:
     parser.add_argument("--tables", default="must", help=f"as for pytest bench/: {', '.join(TABLES)}, all")
     options = parser.parse_args()
     tables = TABLES if options.tables == "all" else options.tables.split(",")
-    chosen = first_of_each_key(workloads(*TUNED_OPS, tables=tables))
-    parts = max(1, options.jobs // max(1, len(chosen)))
+    chosen = first_of_each_key([row for row in workloads(*TUNED_OPS, tables=tables) if row.peer])
+    parts = 1 if keeps_tuning() else -(-3 * options.jobs // max(1, len(chosen)))     # small pieces end together
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         running = {pool.submit(compile_variants, workload, part, parts): workload

@@ -40,6 +40,7 @@ class Workload:
     aim: float | None = None
     target: str = ""                                    # where a target is not a speed-up: in words
     dense: dict[str, Any] | None = field(default=None, hash=False)
+    peer: bool = True                                   # whether the peer is measured too
 
     @property
     def suite(self) -> str:
@@ -172,12 +173,19 @@ def _base() -> Iterable[Workload]:
         yield Workload("gated_rmsnorm", {"rows": 512, "width": 5120, "segments": segments}, "rows", table="base")
 
 
+# P, N at which sweeps measure the SSD's peer: it compiles and times some forty variants for each new pair.
+SWEPT_PEER_SIZES = {(64, 128), (60, 128), (48, 128), (32, 128), (64, 101), (64, 100), (64, 64), (64, 32), (60, 100),
+                    (48, 96), (56, 104), (61, 101)}
+
+
 def _sweeps() -> Iterable[Workload]:
     def scan(**axes: int) -> Workload:
         return Workload("selective_scan", _scan(**axes), "BDL", table="sweep", dense=_cut(_scan(**axes), _scan()))
 
-    def ssd(**axes: int) -> Workload:
-        return Workload("ssd", _ssd(**axes), "BLHP", table="sweep", dense=_cut(_ssd(**axes), _ssd()))
+    def ssd(op: str = "ssd", **axes: int) -> Workload:
+        shape = _ssd(**axes)
+        return Workload(op, shape, "BLHP" if op == "ssd" else "BLD", table="sweep", dense=_cut(shape, _ssd()),
+                        peer=(shape["P"], shape["N"]) in SWEPT_PEER_SIZES)
 
     for states in (16, 14, 12, 11, 8, 5, 4, 2):
         yield scan(N=states)
@@ -193,21 +201,28 @@ def _sweeps() -> Iterable[Workload]:
         yield ssd(N=states)
     for heads, headdim, states in ((61, 60, 100), (60, 48, 96), (41, 56, 104), (40, 32, 64), (20, 61, 101)):
         yield ssd(H=heads, P=headdim, N=states)
-    for cut in ({"H": 61}, {"H": 40}, {"N": 64}, {"P": 48, "N": 96}, {"P": 61, "N": 101}):
-        yield Workload("mamba2_inner", _ssd(**cut), "BLD", table="sweep", dense=_ssd())
+    for cut in ({}, {"H": 61}, {"H": 40}, {"H": 20}, {"N": 64}, {"P": 48, "N": 96}, {"P": 61, "N": 101}):
+        yield ssd("mamba2_inner", **cut)
 
 
 def random_workloads(op: str, count: int = 60, seed: int = 20261122) -> list[Workload]:
-    """Seeded shapes for one op, of a size a model could have: no multiples are favoured."""
+    """Seeded shapes for one op, of a size a model could have: no multiples are favoured.
+
+    Those of the SSD share five P, N, since its peer is tuned for each: two in multiples of 16, what the peer is made
+    for, and three drawn like everything else.
+    """
     draw = random.Random(f"{seed}-{op}")
+    pairs = random.Random(seed)
+    sizes = [(16 * pairs.randint(2, 4), 16 * pairs.randint(2, 8)) for _ in range(2)] + [
+        (pairs.randint(24, 64), pairs.randint(24, 128)) for _ in range(3)]
     rows = []
-    for _ in range(count):
+    for index in range(count):
         batch, length = draw.choice([(1, 512), (1, 2048), (2, 1024), (4, 2048), (8, 1024), (8, 2048), (16, 512)])
         length -= draw.choice([0, 0, 1, draw.randrange(length // 2)])
         if op == "selective_scan":
             shape, layout = _scan(batch, draw.randint(640, 5120), length, draw.randint(2, 16)), "BDL"
         elif op in ("ssd", "mamba2_inner"):
-            shape = _ssd(batch, length, draw.randint(5, 80), draw.randint(16, 64), draw.randint(16, 128))
+            shape = _ssd(batch, length, draw.randint(5, 80), *sizes[index % len(sizes)])
             layout = "BLHP" if op == "ssd" else "BLD"
         elif op == "conv1d":
             shape, layout = {"B": batch, "L": length, "channels": draw.randint(640, 5376), "width": 4}, "BLD"

@@ -314,13 +314,41 @@ def test_tables_are_put_between_their_marks():
         report.fill(text, {})
 
 
+SWEPT = [row(), row({**DENSE, "H": 61}, 240, dense=300.0, peer=500.0), row({**DENSE, "H": 40}, 160, dense=300.0),
+         row({**DENSE, "P": 48, "N": 96, "H": 60}, 150, dense=300.0)]
+
+
+def test_points_of_a_sweep_are_shares_of_their_own_dense_time():
+    cuts = report.cuts(in_run(*SWEPT), {"r1": RUN})
+    points = report.axis_points(cuts, "ssd", "H")
+    assert [size for size, _ in points] == [40, 61, 80]
+    assert [round(cut.share("ours"), 2) for _, cut in points] == [0.53, 0.8, 1.0]
+    assert round(points[1][1].share("peer"), 2) == 0.83
+    assert 0.75 < points[1][1].left < 0.78
+    assert [size for size, _ in report.axis_points(cuts, "ssd", "P")] == [64]
+    assert report.cuts(in_run(*SWEPT[1:]), {"r1": RUN}) == []                # without the dense row
+    table = report.sweep_table(cuts)
+    assert "| ssd | B8 L2048 H61 P64 N128 G1 | 240 | 0.80 | 0.77 | 500 | 0.83 | 2.08x |" in table
+
+
+def test_random_shapes_are_summed_up():
+    drawn = workloads.random_workloads("ssd")[:3]
+    rows = [row(one.shape, 100.0, peer=us, peer_us=us) for one, us in zip(drawn, (200.0, 50.0, None), strict=True)]
+    rows[2]["note"] = "peer: not measured"
+    assert "| ssd | 3 | 2 | 1.00x | 0.50x |" in report.random_table(in_run(*rows, row()))
+
+
 def test_the_plot_is_drawn_from_a_folder_of_results(tmp_path):
-    rows = [row(), row(SMALLER, 270, dense=300.0), row({**DENSE, "H": 40}, 160, dense=300.0)]
-    results.merge(RUN, rows, tmp_path)
-    points = report._axis_points(in_run(*rows), {"r1": RUN}, "ssd")
-    assert [round(ours, 2) for _, ours, _ in points] == [0.53, 0.9, 1.0]
+    results.merge(RUN, SWEPT, tmp_path)
     assert report.main(["--results", str(tmp_path), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_where_removal_does_not_pay_is_reported(tmp_path, capsys):
+    results.merge(RUN, [row(), row(SMALLER, 299, dense=300.0)], tmp_path)
+    assert report.main(["--results", str(tmp_path)]) == 0
+    assert "takes 0.997 of dense with 0.8" in capsys.readouterr().out
+    assert report.contract_list(in_run(row()), {"r1": RUN}) == "Nowhere."
 
 
 def test_the_command_line_reports_failures(tmp_path, capsys):
