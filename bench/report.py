@@ -287,6 +287,17 @@ def folder_tables(folder: Path) -> dict[str, str]:
             f"{folder.name}/contract": contract_list(rows, runs)}
 
 
+def all_tables(root: Path) -> dict[str, str]:
+    """Every table by the name that its mark in a document has."""
+    files = results.files(root)
+    tables = {f"{path.parent.name}/{path.stem}": suite_table(path) for path in files}
+    for folder in sorted({path.parent for path in files}):
+        tables |= folder_tables(folder)
+    for path in sorted(root.glob("*/claims.json")):
+        tables |= claim_tables(path)
+    return tables
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and plots from bench/results.")
     parser.add_argument("--gpu", default="h200", help="folder of bench/results for the plot (default h200)")
@@ -295,12 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="write the plot of the sweeps here")
     options = parser.parse_args(arguments)
     try:
-        tables = {f"{path.parent.name}/{path.stem}": suite_table(path)
-                  for path in results.files(options.results)}
-        for folder in {path.parent for path in results.files(options.results)}:
-            tables |= folder_tables(folder)
-        for path in sorted(options.results.glob("*/claims.json")):
-            tables |= claim_tables(path)
+        tables = all_tables(options.results)
         if not tables:
             raise results.ResultsError(f"{options.results} has no results; run pytest bench/ on a GPU first")
         if options.fill:
