@@ -117,14 +117,15 @@ def _run_score(arguments: argparse.Namespace) -> None:
 
 
 def _print_scores(arguments: argparse.Namespace, found: Scores, workers: Workers) -> None:
-    counts = {axis: sum(layer[axis].numel() for layer in found.layers if axis in layer)
-              for axis in dict.fromkeys(axis for layer in found.layers for axis in layer)}
+    parts = (*found.layers, found.shared)
+    counts = {axis: sum(part[axis].numel() for part in parts if axis in part)
+              for axis in dict.fromkeys(axis for part in parts for axis in part)}
     if arguments.json:
         print_json({"out": str(arguments.out), "method": arguments.method, "units": counts,
                     "comparable": found.comparable, "processes": workers.count})
         return
-    units = ", ".join(f"{count:,} {axis}{'s' if count != 1 else ''}" for axis, count in counts.items())
-    print(f"{arguments.method}: scores of {units}; saved to {arguments.out}")
+    units = ", ".join(f"{axis} {count:,}" for axis, count in counts.items())
+    print(f"{arguments.method}: scores of units by axis: {units}; saved to {arguments.out}")
 
 
 def _run_plan(arguments: argparse.Namespace) -> None:
@@ -283,8 +284,8 @@ def _add_shared(parser: argparse._ActionsContainer, is_text_required: bool) -> N
     """What prune and score both take: the calibration text, and how candidates are repaired."""
     parser.add_argument("--text", type=Path, required=is_text_required, help="calibration text (UTF-8)")
     parser.add_argument("--axes", nargs="+", metavar="AXIS",
-                        help="what may be removed: block ssm state tap group; head head_channel mlp (Mamba-2); "
-                             "channel rank (Mamba-1). Default: block ssm state and head or channel")
+                        help="what may be removed: block ssm state tap group merge d_model; head head_channel mlp "
+                             "(Mamba-2); channel rank (Mamba-1). Default: block ssm state and head or channel")
     parser.add_argument("--norm-repair", choices=NORM_REPAIRS, default="stats",
                         help="of gated norms that lose channels (default stats)")
     parser.add_argument("--repair", nargs="+", choices=REPAIRS, default=[], help="further repairs, fitted on the text")

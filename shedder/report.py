@@ -21,6 +21,7 @@ from shedder.layout import RemovedBlock, RemovedSSM
 from shedder.nn import LanguageModel
 from shedder.nn.config import ModelConfig
 from shedder.prune.plan import LayerPlan, Plan
+from shedder.prune.removal import Removal
 from shedder.prune.search import prefix
 from shedder.prune.size import flops, layer_parameters, parameter_count, state_bytes
 from shedder.prune.slice import compact
@@ -75,7 +76,7 @@ class Point:
     """One step of the search. Shares are of the dense model; perplexity is on the text that the report names."""
 
     step: int
-    layer: int | None                                   # None: nothing is removed yet
+    layer: int | None                                   # None: nothing is removed yet, or something of all layers
     axis: str
     removed: str
     params: float
@@ -150,7 +151,7 @@ def _layer(index: int, before: ModelConfig, after: ModelConfig, plan: Plan) -> L
     elif isinstance(new, RemovedSSM):
         fate = "ssm"
     kept = [] if fate == "block" else [_kept(axis, old, cut) for axis in ALL if not axis.whole
-                                       and before.family in axis.families]
+                                       and before.family in axis.families and axis.name != "merge"]
     return LayerReport(index, describe_layout(old, before.family), describe_layout(new, before.family),
                        "" if cut.empty else str(cut), (layer_parameters(before, old), layer_parameters(after, new)),
                        fate, tuple(units for units in kept if units.rows))
@@ -171,7 +172,7 @@ def _points(before: ModelConfig, plan: Plan, along: Mapping[int, float] | None) 
     points = []
     for record in records:
         shares = {name: record[name] / max(size, 1) if name in record else None for name, size in dense.items()}
-        removed = str(LayerPlan.from_json(record["removed"])) if "removed" in record else ""
+        removed = str(Removal.from_json(record)) if "removed" in record else ""
         points.append(Point(record["step"], record.get("layer"), record.get("axis", ""), removed,
                             shares["params"] or 0.0, shares["state"] or 0.0, shares["flops"],
                             record.get("perplexity") if along is None else along.get(record["step"])))

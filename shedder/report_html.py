@@ -13,11 +13,12 @@ from shedder.prune.plan import write_atomically
 from shedder.report import Figure, KeptUnits, LayerReport, Point, Report, draw, to_csv
 
 AXIS_NAMES = {"head": "heads", "channel": "channels", "state": "states", "group": "B/C groups",
-              "head_channel": "head channels", "mlp": "MLP channels", "rank": "rank of dt", "tap": "taps",
+              "merge": "merged groups", "head_channel": "head channels", "mlp": "MLP channels", "rank": "rank of dt",
+              "tap": "taps", "d_model": "d_model",
               "block": "a block", "ssm": "an SSM"}
 COLORS = {"block": "#475569", "ssm": "#c2410c", "head": "#0f766e", "channel": "#0f766e", "state": "#7c3aed",
           "group": "#be123c", "head_channel": "#2563eb", "mlp": "#4d7c0f", "rank": "#db2777", "tap": "#0891b2",
-          "": "#94a3b8"}
+          "merge": "#b45309", "d_model": "#1e3a8a", "": "#94a3b8"}
 FATES = {"block": "block removed", "ssm": "SSM removed", "cut": "", "whole": "untouched"}
 MANY = 96                                               # units of a row that still get a cell each
 
@@ -234,7 +235,8 @@ def _chart(caption: str, points: Sequence[Point], x: Callable[[Point], float], y
 
 
 def _words(point: Point) -> str:
-    what = "nothing removed yet" if point.layer is None else f"layer {point.layer}: {point.removed}"
+    where = "all layers" if point.layer is None else f"layer {point.layer}"
+    what = f"{where}: {point.removed}" if point.removed else "nothing removed yet"
     quality = "" if point.perplexity is None else f", perplexity {point.perplexity:.4g}"
     return f"step {point.step}: {what}; {100 * point.params:.1f} % of the parameters{quality}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -98,7 +99,112 @@ def test_scoring_twice_gives_the_same_and_leaves_the_model_alone(name, method):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def with_dead_channel_and_twins(name: str) -> LanguageModel:
+    """Nothing writes channel 5 of the residual stream; in layer 1, groups 0 and 1 have the same B and C."""
+    model = model_of(name)
+    with torch.no_grad():
+        for block in model.layers:
+            block.mixer.out_proj.weight[5] = 0
+            block.mixer.in_proj.weight[:, 5] = 0
+            block.norm.weight[5] = 0
+        model.backbone.embedding.weight[:, 5] = 0
+        mixer = model.layers[1].mixer
+        if name == "groups":
+            for start in (80, 112):                    # B and C, behind the MLP, z and x; 4 groups of 8 states
+                mixer.in_proj.weight[start + 8:start + 16] = mixer.in_proj.weight[start:start + 8]
+            for start in (32, 64):
+                mixer.conv1d.weight[start + 8:start + 16] = mixer.conv1d.weight[start:start + 8]
+                mixer.conv1d.bias[start + 8:start + 16] = mixer.conv1d.bias[start:start + 8]
+        else:
+            for start in (4, 20):
+                mixer.x_proj.weight[start + 8:start + 16] = mixer.x_proj.weight[start:start + 8]
+    return model
+
+
+@pytest.mark.parametrize("name", ["groups", "scan groups"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in STATES])
+def test_dead_channels_of_d_model_and_twin_groups_are_worth_least(name, method, tmp_path):
+    model = with_dead_channel_and_twins(name)
+    scores = score(model, TOKENS, method, levels=16, norm_repair="none", progress=False, **DRAWN)
+    if method == "perplexity":
+        assert "d_model" not in scores.shared          # no default axis
+        scores = score(model, TOKENS, method, ["d_model", "merge"], levels=16, norm_repair="none", progress=False,
+                       **DRAWN)
+    scores.check(model.config)
+    values = scores.shared["d_model"]
+    assert values.shape == (16,)
+    assert (values if method == "perplexity" else values.abs()).argmin() == 5
+    if method != "perplexity":                         # the norm notices a dead channel's square: 0 of 16
+        assert values[5].abs() <= 1e-12 * values.abs().max()
+    if method != "activation":
+        twins = scores.layers[1]["merge"]
+        assert twins.shape == ((6,) if name == "groups" else (1,))
+        assert twins[0].abs() <= 1e-6 * scores.layers[0]["merge"].abs().max()
+        assert twins.abs().argmin() == 0
+    scores.save(tmp_path / "scores.safetensors")
+    assert torch.equal(Scores.load(tmp_path / "scores.safetensors").shared["d_model"], values)
+    wrong = dataclasses.replace(CONFIGS[name], d_model=15)
+    with pytest.raises(ScoresError, match="d_model has 16 scores; this model has d_model 15"):
+        scores.check(wrong)
+
+
 # ---- Taylor
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba1"])
+def test_the_gate_of_a_channel_of_d_model_is_a_mask(name):
+    from shedder.prune.scores import taylor
+
+    model = model_of(name).double()
+
+    def loss(value: float) -> float:
+        stream = torch.ones(3, 16, dtype=torch.float64)
+        stream[:, 9] = value
+        with torch.no_grad():
+            logits = taylor._logits(model, ROWS[:, :-1], {}, stream)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ROWS[:, 1:].flatten()).item()
+
+    gradient, = (g.sum(0)[9].item() / 3 for index, axis, g in _gradients(model, ROWS[:, :-1], ROWS[:, 1:])
+                 if axis == "d_model")
+    assert math.isclose(gradient, (loss(1 + 1e-5) - loss(1 - 1e-5)) / 2e-5, rel_tol=2e-3, abs_tol=1e-8)
+    with masked(model, Plan(name, d_model=(9,))):
+        assert math.isclose(loss_of(model), loss(0.0), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["groups", "scan groups"])
+def test_the_gate_of_two_groups_leads_to_their_mean(name):
+    """In Mamba-1 that is the masked model; in Mamba-2 the mean is taken behind the convolution's SiLU."""
+    from shedder.prune.scores import taylor
+    from shedder.prune.scores.observe import probes
+
+    model, pair = model_of(name).double(), (0, 1) if name == "scan groups" else (1, 3)
+
+    def see(name, value):
+        dim = 1 if model.config.family == "mamba1" else 2
+        if name in "BC":
+            value = value.clone()
+            one, other = (value.select(dim, group) for group in pair)
+            mean = (one + other) / 2
+            one.copy_(mean)
+            other.copy_(mean)
+        return value
+
+    def loss(value: float) -> float:
+        gates = taylor._gates(model, 1, 3)
+        with torch.no_grad():
+            gates = {key: gate.double() for key, gate in gates.items()}
+            gates["merge"][:, 4 if name == "groups" else 0] = value            # (1, 3) of (0, 1), (0, 2), ...
+            with probes(model, {1: taylor._gated(model.mixers[1], model.config.layers[1], gates)}):
+                return loss_of(model)
+
+    gradient, = (g.sum(0)[4 if name == "groups" else 0].item() / 3
+                 for index, axis, g in _gradients(model, ROWS[:, :-1], ROWS[:, 1:]) if (index, axis) == (1, "merge"))
+    assert math.isclose(gradient, (loss(1 + 1e-5) - loss(1 - 1e-5)) / 2e-5, rel_tol=2e-3, abs_tol=1e-8)
+    with probes(model, {1: see}):
+        assert math.isclose(loss_of(model), loss(0.0), rel_tol=1e-9)
+    if name == "scan groups":
+        with masked(model, Plan("mamba1", {1: LayerPlan(merge=(pair,))})):
+            assert math.isclose(loss_of(model), loss(0.0), rel_tol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "axis", "unit", "cut"), [
@@ -123,7 +229,7 @@ def test_a_closed_gate_is_a_mask_and_its_gradient_a_difference(name, axis, unit,
         with torch.no_grad():
             gates = {key: gate.double() for key, gate in gates.items()}
             gates[axis][(slice(None), *unit)] = value
-            with probes(model, {layer: taylor._gated(model.mixers[layer], gates)}):
+            with probes(model, {layer: taylor._gated(model.mixers[layer], model.config.layers[layer], gates)}):
                 return loss_of(model)
 
     gradient = sum(g.sum(0)[unit].item() for index, its, g in _gradients(model, ROWS[:, :-1], ROWS[:, 1:])
@@ -141,7 +247,7 @@ def test_second_order_has_the_curvature_of_the_models_own_targets():
     model = model_of("one layer").double()
     row = ROWS[:1, :6]
     tokens = row[:, :-1]
-    slope, = first_order(model, Calibration(row))
+    slope = first_order(model, Calibration(row))[0]
     many = Calibration(row.repeat(400, 1), batch=400, seed=1)
     predicted = second_order(model, many)[0]["block"]
     signed = sum(g.sum() for _, axis, g in _gradients(model, tokens, row[:, 1:]) if axis == "block")
@@ -153,7 +259,7 @@ def test_second_order_has_the_curvature_of_the_models_own_targets():
     def log_p(value: float) -> torch.Tensor:
         gates = {key: gate.double().detach() for key, gate in taylor._gates(model, 0, 1).items()}
         gates["block"] = gates["block"] * value
-        with torch.no_grad(), probes(model, {0: taylor._gated(model.mixers[0], gates)}):
+        with torch.no_grad(), probes(model, {0: taylor._gated(model.mixers[0], model.config.layers[0], gates)}):
             return model(tokens).log_softmax(-1)
 
     derivative = (log_p(1 + 1e-5) - log_p(1 - 1e-5)) / 2e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -13,14 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import shedder
+from shedder import report
 from shedder.evaluate import negative_log_likelihood
 from shedder.layout import NormSegment, RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
 from shedder.nn import LanguageModel, ModelConfig
 from shedder.nn.block import Block
 from shedder.prune import LayerPlan, Plan, PlanError, compact, parameter_count, prefix, score, search, solve
 from shedder.prune.calibration import Calibration, calibration_of
+from shedder.prune.removal import Removal, together
 from shedder.prune.size import flops, state_bytes
+from shedder.prune.trials import Trials
 from shedder.prune.units import AXES
+from shedder.report_html import render
 
 SSD = SSDLayout(headdim=4, dstate=8, ngroups=2, head_to_group=(0, 0, 0, 0, 1, 1, 1, 1),
                 norm_segments=(NormSegment(16, 1e-5), NormSegment(16, 1e-5)))
@@ -300,8 +306,8 @@ SCAN_GROUPS = ScanLayout(d_inner=32, dstate=8, dt_rank=4, channel_to_group=(0,) 
 CONFIGS["scan groups"] = ModelConfig("mamba1", d_model=16, vocab_size=32, layers=(SCAN_GROUPS,) * 2)
 
 
-GOING_DOWN = [("groups", axis) for axis in ("group", "head", "head_channel", "mlp", "tap")] + [
-    ("scan groups", axis) for axis in ("group", "channel", "rank", "tap")]
+GOING_DOWN = [("groups", axis) for axis in ("group", "merge", "head", "head_channel", "mlp", "tap", "d_model")] + [
+    ("scan groups", axis) for axis in ("group", "merge", "channel", "rank", "tap", "d_model")]
 
 
 @pytest.mark.parametrize(("name", "axis", "bundle"), [
@@ -311,18 +317,21 @@ def test_every_axis_goes_down_to_what_must_stay(name, axis, bundle):
     """A search for more than there is says so; what it had removed by then is a legal plan that compacts."""
     model, records = model_of(name), []
     least = 1.05 * 33 * 16 / parameter_count(model.config)                     # little more than embedding and norm
+    if axis == "d_model":
+        least = 1 / parameter_count(model.config)
     with pytest.raises(ValueError, match="nothing is left to remove"):
         search(model, TOKENS, {"params": least}, [axis], rescore=2,
                **{**SMALL, "bundle": bundle, "progress": records.append})
-    cuts: dict[int, LayerPlan] = {}
-    for record in records:
-        cuts[record["layer"]] = cuts.get(record["layer"], LayerPlan()).merged(LayerPlan.from_json(record["removed"]))
-    plan = Plan(model.config.family, cuts, "exact")
+    cuts, d_model = together(map(Removal.from_json, records))
+    plan = Plan(model.config.family, cuts, "exact", d_model=d_model)
     small = compact(model, plan)
     assert parameter_count(small.config) == records[-1]["params"]
-    left = {"group": "ngroups", "head_channel": "headdim", "mlp": "mlp_channels", "tap": "conv_width",
-            "rank": "dt_rank", "head": "nheads", "channel": "d_inner"}[axis]
-    assert [getattr(layout, left) for layout in small.config.layers] == [0 if axis == "mlp" else 1] * 2
+    left = {"group": "ngroups", "merge": "ngroups", "head_channel": "headdim", "mlp": "mlp_channels",
+            "tap": "conv_width", "rank": "dt_rank", "head": "nheads", "channel": "d_inner"}
+    if axis == "d_model":
+        assert small.config == dataclasses.replace(model.config, d_model=1, norm_eps=small.config.norm_eps)
+    else:
+        assert [getattr(layout, left[axis]) for layout in small.config.layers] == [0 if axis == "mlp" else 1] * 2
     assert loss_on(small, TOKENS[None, :20]) < 20
 
 
@@ -332,6 +341,133 @@ def test_all_axes_together_meet_a_budget(name):
     plan = search(model_of(name), TOKENS, {"params": 0.6, "state": 0.5}, axes, **SMALL)
     assert sizes(plan, name)[0] <= 0.6 and sizes(plan, name)[1] <= 0.5
     assert len({record["axis"] for record in plan.provenance["trajectory"][1:]}) > 2
+
+
+SHARED_AXES = {"groups": ["d_model", "merge", "head"], "scan groups": ["d_model", "merge", "channel"]}
+TIGHT = {"params": 0.55, "state": 0.8}
+
+
+@pytest.mark.parametrize("name", SHARED_AXES)
+@pytest.mark.parametrize("rescore", [None, 2])
+def test_d_model_and_merged_groups_are_searched_like_any_axis(name, rescore, tmp_path):
+    """The budget is met, with and without the prefix cache and after a kill, and every step is the model it says."""
+    model, log, seen = model_of(name), tmp_path / "log.jsonl", []
+    options = {"budget": TIGHT, "axes": SHARED_AXES[name], "rescore": rescore, "repairs": ["out_proj"], **SMALL}
+    plan = search(model, TOKENS, **{**options, "progress": seen.append})
+    assert plan.d_model and any(cut.merge for cut in plan.layers.values())
+    after = plan.compacted_config(model.config)
+    assert parameter_count(after) <= 0.55 * parameter_count(model.config)
+    assert state_bytes(after) <= 0.8 * state_bytes(model.config)
+    assert search(model, TOKENS, prefix_cache=False, **options).layers == plan.layers
+    with pytest.raises(Killed):
+        search(model, TOKENS, log=log, **{**options, "progress": kill_after(3)})
+    assert search(model, TOKENS, log=log, **options) == plan
+    assert search(model, TOKENS, log=log, solve_only=True, **options) == plan
+    assert {record["layer"] for record in seen if record["axis"] == "d_model"} == {None}
+    rows = calibration_of(model, TOKENS, plan.provenance)
+    for step, record in enumerate(plan.provenance["trajectory"]):
+        small = compact(model, prefix(plan, step), rows)
+        assert sum(p.numel() for p in small.parameters()) == record["params"]
+        assert math.isclose(loss_on(small, rows.rows), record["loss"], rel_tol=1e-4)
+
+
+def test_a_trial_of_d_model_runs_every_block():
+    plan = search(model_of("mamba2"), TOKENS, {"params": 0.9}, ["d_model"], **SMALL)
+    before, after = (record["layer_evaluations"] for record in plan.provenance["trajectory"][:2])
+    assert (before, after) == (3, 3 + 3)
+    config = plan.compacted_config(CONFIGS["mamba2"])
+    assert config.d_model == 12                        # a bundle of a quarter was enough
+    assert config.layers == CONFIGS["mamba2"].layers
+
+
+@pytest.mark.parametrize("name", SHARED_AXES)
+@pytest.mark.parametrize(("method", "evenly"), [("taylor1", None), ("magnitude", None), ("perplexity", False)])
+def test_d_model_and_merged_groups_go_in_one_shot_and_from_saved_scores(name, method, evenly, tmp_path):
+    model, path = model_of(name), tmp_path / "scores.safetensors"
+    axes, budget = ["d_model", "merge"], TIGHT if name == "groups" else {"params": 0.385}
+    scores = score(model, TOKENS, method, axes, sequences=3, length=12, batch=2, progress=False)
+    scores.save(path)
+    options = {"axes": axes, "method": "one-shot", "score": path, "evenly": evenly, **SMALL}
+    plan = search(model, TOKENS, budget, **options)
+    assert plan.d_model and any(cut.merge for cut in plan.layers.values())
+    assert plan.compacted_config(model.config).d_model == 16 - len(plan.d_model)
+    small = compact(model, plan, calibration_of(model, TOKENS, plan.provenance))
+    assert parameter_count(small.config) <= budget["params"] * parameter_count(model.config)
+    assert math.isfinite(plan.provenance["loss"])
+    solved = solve(model.config, path, budget, axes, bundle=0.25, evenly=evenly)
+    assert (solved.layers, solved.d_model) == (plan.layers, plan.d_model)
+    values = scores.of(-1, "d_model")                  # taken in bundles of the lowest
+    assert set(plan.d_model) == set(sorted(range(16), key=values.__getitem__)[:len(plan.d_model)])
+
+
+def test_groups_that_are_alike_are_merged_first_and_cost_nothing(tmp_path):
+    model = model_of("groups")
+    with torch.no_grad():
+        mixer = model.layers[1].mixer
+        for start in (72 + 8, 72 + 8 + 32):            # B and C of in_proj, behind the MLP, z and x
+            mixer.in_proj.weight[start + 24:start + 32] = mixer.in_proj.weight[start:start + 8]
+        for start in (32, 64):
+            mixer.conv1d.weight[start + 24:start + 32] = mixer.conv1d.weight[start:start + 8]
+            mixer.conv1d.bias[start + 24:start + 32] = mixer.conv1d.bias[start:start + 8]
+    log = tmp_path / "log.jsonl"
+    search(model, TOKENS, {"params": 0.97}, ["merge"], log=log, **{**SMALL, "bundle": 1})
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    merged, = (event["loss"] for event in events[2:4] if event["trial"] == [1, "merge", -1])
+    assert math.isclose(events[1]["loss"], merged, rel_tol=1e-5)
+    unequal, = (event["loss"] for event in events[2:4] if event["trial"] == [0, "merge", -1])
+    assert not math.isclose(events[1]["loss"], unequal, rel_tol=1e-4)
+
+
+def strict(text: str):
+    """JSON as the standard has it: without Infinity and NaN."""
+    def refuse(constant):
+        raise AssertionError(constant)
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("rescore", [None, 1])
+def test_what_makes_the_loss_infinite_is_not_removed(rescore, monkeypatch, tmp_path):
+    log, losses = tmp_path / "log.jsonl", Trials.losses
+
+    def overflowing(self, trials, known, on_loss):
+        found = losses(self, trials, known, on_loss)
+        return {key: math.inf if key[0] > 0 else loss for key, loss in found.items()}
+    monkeypatch.setattr(Trials, "losses", overflowing)
+    options = {"log": log, "rescore": rescore, **SMALL}
+    plan = search(model_of("mamba2"), TOKENS, {"params": 0.95}, ["head", "state"], **options)
+    assert set(plan.layers) == {0}
+    assert strict(plan.to_json())["provenance"]["trajectory"][-1]["loss"] > 0
+    with pytest.raises(ValueError, match=r"each of the \d+ things left to remove makes the loss infinite; accepted: a"):
+        search(model_of("mamba2"), TOKENS, {"params": 0.6}, ["head", "state"], **options)
+    assert all(map(strict, log.read_text().splitlines()))
+    monkeypatch.setattr(Trials, "losses", None)        # what the log knows is not run again
+    with pytest.raises(TypeError):
+        search(model_of("mamba2"), TOKENS, {"params": 0.6}, ["head", "state"], **options)
+    assert search(model_of("mamba2"), TOKENS, {"params": 0.95}, ["head", "state"], **options) == plan
+
+
+def test_a_perplexity_beyond_a_float_is_null_and_the_plan_can_be_saved(tmp_path):
+    model = model_of("mamba2")
+    with torch.no_grad():
+        model.backbone.norm_f.weight.mul_(1e5)
+    for options in ({}, {"method": "one-shot"}):
+        plan = search(model, TOKENS, {"params": 0.9}, ["head"], **options, **SMALL)
+        text = strict(plan.to_json(tmp_path / "plan.json"))
+        last = text["provenance"]["trajectory"][-1] if not options else text["provenance"]
+        assert last["perplexity"] is None
+        assert last["loss"] > 700
+        compact(model, plan, calibration_of(model, TOKENS, plan.provenance)).save_pretrained(tmp_path / "small")
+        assert shedder.load(tmp_path / "small").plan["provenance"] == text["provenance"]
+        assert "The search" in render(report.collect("t", model.config, plan))
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "one-shot", "score": "magnitude", "evenly": False}])
+def test_a_model_whose_loss_is_no_number_is_refused(options):
+    model = model_of("mamba2")
+    with torch.no_grad():
+        model.backbone.norm_f.weight[3] = math.nan
+    with pytest.raises(ValueError, match="on the calibration text is nan; accepted: a finite one"):
+        search(model, TOKENS, {"params": 0.9}, ["head"], **options, **SMALL)
 
 
 def test_group_aware_head_channels_are_the_same_in_every_head():
@@ -464,6 +600,7 @@ def test_units_that_do_nothing_go_first():
     ({"method": "magic"}, "method is 'magic'; accepted: one of"),
     ({"score": "magic"}, "score is 'magic'; accepted: one of"),
     ({"score": {"head": "magnitude"}}, r"score names no method for \['state'\]"),
+    ({"axes": ["merge", "head"], "group_aware": True}, "axes has 'merge', which makes groups of unequal numbers"),
     ({"score": "ghost"}, r"method 'ghost' has no scores for \['head'\]; it has \['state'\]"),
     ({"sequences": 0}, "sequences is 0; accepted: an integer >= 1"),
     ({"text": "some text"}, "this model has no tokenizer"),

@@ -9,8 +9,6 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from random_plans import CONFIGS, FULL_PLANS, MODELS, TOKENS, TOLERANCE, difference, kinds, random_plan
 
 import shedder.prune.slice as slicer
@@ -31,40 +29,18 @@ EVERY_CUT = {
 }
 
 
-def check_every_cut(family: str, seen: Counter[str], least: int) -> None:
-    assert {cut: seen[cut] for cut in EVERY_CUT[family] if seen[cut] < least} == {}
-
-
 @pytest.mark.parametrize("family", ["mamba2", "mamba1"])
-def test_compacted_equals_masked_for_any_plan(family):
+@pytest.mark.parametrize(("plans", "least"), [(250, 3), pytest.param(5000, 50, marks=pytest.mark.slow)])
+def test_compacted_equals_masked_for_any_plan(family, plans, least):
+    """Drawn by their numbers; every cut and the pairs that meet in code are among them `least` times."""
     seen: Counter[str] = Counter()
     names = [name for name in CONFIGS if CONFIGS[name].family == family]
-
-    @settings(max_examples=250, deadline=None, database=None, derandomize=True,
-              suppress_health_check=list(HealthCheck))
-    @given(name=st.sampled_from(names), rng=st.randoms(use_true_random=False))
-    def check(name, rng):
-        model = MODELS[name]
-        plan = random_plan(rng, model.config)
-        seen.update(["plans", *kinds(plan, model.config)])
-        assert difference(model, plan) < TOLERANCE
-
-    check()
-    assert seen["plans"] >= 250
-    check_every_cut(family, seen, 3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mamba2", "mamba1"])
-def test_compacted_equals_masked_for_5000_plans_of_each_family(family):
-    seen: Counter[str] = Counter()
-    names = [name for name in CONFIGS if CONFIGS[name].family == family]
-    for seed in range(5000):
+    for seed in range(plans):
         model = MODELS[names[seed % len(names)]]
         plan = random_plan(random.Random(seed), model.config)
         seen.update(kinds(plan, model.config))
         assert difference(model, plan) < TOLERANCE, (seed, plan)
-    check_every_cut(family, seen, 50)
+    assert {cut: seen[cut] for cut in EVERY_CUT[family] if seen[cut] < least} == {}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

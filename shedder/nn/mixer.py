@@ -31,6 +31,7 @@ class Mixer(WideParameters):
     in prefill and in single steps. A mixer whose SSM is removed passes no B, C, dt.
     """
 
+    in_proj: nn.Linear
     conv1d: nn.Conv1d
     out_proj: nn.Linear
     D: nn.Parameter | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shedder.layout import LayerLayout
 from shedder.nn.config import ModelConfig
@@ -30,11 +30,13 @@ class Budget:
     """Shares of a dense model: {"params": 0.7, "state": 0.5} is met when 70 % of the parameters and half of the
     bytes of decode state are left, or less.
 
+    keeps_d_model: whether the embeddings stay whole, which some shares rule out.
+
     Raises:
         ValueError: an unknown measure, or a share that no plan can reach.
     """
 
-    def __init__(self, shares: Mapping[str, float], config: ModelConfig) -> None:
+    def __init__(self, shares: Mapping[str, float], config: ModelConfig, *, keeps_d_model: bool = True) -> None:
         if not isinstance(shares, Mapping) or not shares or not set(shares) <= set(MEASURES):
             raise ValueError(f"budget is {shares!r}; accepted: a dict with some of {sorted(MEASURES)}")
         for name, share in shares.items():
@@ -45,7 +47,7 @@ class Budget:
         for name, share in self.shares.items():
             layers = sum(MEASURES[name].of_layer(config, layout) for layout in config.layers)
             fixed = (self.dense[name] - layers) / max(self.dense[name], 1)
-            if name != "state" and share < fixed:
+            if keeps_d_model and name != "state" and share < fixed:
                 raise ValueError(f"budget[{name!r}] is {share}; accepted: more than {fixed:.4f}, the share of the "
                                  "embeddings alone")
 
@@ -66,6 +68,12 @@ class Budget:
         """The shares of the unmet measures that go when a layer gets this layout, added up."""
         return sum((MEASURES[name].of_layer(config, config.layers[layer]) - MEASURES[name].of_layer(config, layout))
                    / max(self.dense[name], 1) for name in unmet)
+
+    def gain_of_stream(self, config: ModelConfig, d_model: int, unmet: list[str]) -> float:
+        """The same for a model whose residual stream gets this many channels."""
+        smaller = replace(config, d_model=d_model)
+        return sum((MEASURES[name].total(config) - MEASURES[name].total(smaller)) / max(self.dense[name], 1)
+                   for name in unmet)
 
 
 def figures(config: ModelConfig) -> dict[str, int]:

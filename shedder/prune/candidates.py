@@ -1,14 +1,15 @@
-"""What a search can remove next: blocks, SSMs, and bundles of units of one layer."""
+"""What a search can remove next: blocks, SSMs, and bundles of units of one layer or of the residual stream."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shedder.layout import LayerLayout, RemovedBlock
 from shedder.nn.config import ModelConfig
 from shedder.prune.budget import Budget
 from shedder.prune.plan import LayerPlan, compacted_layout
+from shedder.prune.removal import STREAM, Removal
 from shedder.prune.scores import Scores
 from shedder.prune.trials import Key, Trial
 from shedder.prune.units import Axis, Rows
@@ -20,8 +21,8 @@ Bundle = float | int | None
 class Candidate:
     key: Key
     units: tuple[int, ...]
-    increment: LayerPlan                               # alone, in the numbering of the dense model
-    cut: LayerPlan                                     # of the layer, with the increment
+    removal: Removal                                   # alone, in the numbering of the dense model
+    total: Removal                                     # with what has gone from there before
     gain: float                                        # shares of the unmet measures that it removes
 
     @property
@@ -34,7 +35,7 @@ class Candidate:
 
     @property
     def trial(self) -> Trial:
-        return Trial(self.key, self.layer, self.cut)
+        return Trial(self.key, self.total)
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Pruned:
     norm_repair: str
     config: ModelConfig = field(init=False)
     cuts: dict[int, LayerPlan] = field(default_factory=dict)
+    d_model: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.config = self.dense
@@ -55,12 +57,22 @@ class Pruned:
     def layout_with(self, layer: int, cut: LayerPlan) -> LayerLayout:
         return compacted_layout(self.dense.layers[layer], cut, self.norm_repair)
 
-    def apply(self, layer: int, increment: LayerPlan) -> LayerPlan:
-        """The layer's cut with the increment."""
-        cut = self.cut_of(layer).merged(increment)
-        self.config = self.config.with_layer(layer, self.layout_with(layer, cut))
-        self.cuts[layer] = cut
-        return cut
+    def total(self, removal: Removal) -> Removal:
+        """The removal with what has gone from there already."""
+        if removal.layer == STREAM:
+            return Removal(STREAM, d_model=tuple(sorted({*self.d_model, *removal.d_model})))
+        return Removal(removal.layer, self.cut_of(removal.layer).merged(removal.cut))
+
+    def apply(self, removal: Removal) -> Removal:
+        """Returns the total."""
+        total = self.total(removal)
+        if total.layer == STREAM:
+            self.d_model = total.d_model
+            self.config = replace(self.config, d_model=self.dense.d_model - len(self.d_model))
+        else:
+            self.cuts[total.layer] = total.cut
+            self.config = self.config.with_layer(total.layer, self.layout_with(total.layer, total.cut))
+        return total
 
     @property
     def blocks_left(self) -> int:
@@ -80,8 +92,19 @@ class Candidates:
     def of_model(self, pruned: Pruned, budget: Budget) -> list[Candidate]:
         """All that bring the model nearer to its budget."""
         unmet = budget.unmet(pruned.config)
-        return [candidate for layer in range(len(pruned.config.layers))
-                for candidate in self.of_layer(pruned, budget, unmet, layer)]
+        return [*self.of_stream(pruned, budget, unmet),
+                *(candidate for layer in range(len(pruned.config.layers))
+                  for candidate in self.of_layer(pruned, budget, unmet, layer))]
+
+    def of_stream(self, pruned: Pruned, budget: Budget, unmet: list[str]) -> Iterator[Candidate]:
+        for axis in self.axes:
+            if axis.shared:
+                rows = (tuple(range(pruned.dense.d_model)),)
+                for unit, units in self._choices(axis, STREAM, rows, set(pruned.d_model)):
+                    gain = budget.gain_of_stream(pruned.config, pruned.config.d_model - len(units), unmet)
+                    if gain > 0:
+                        removal = Removal(STREAM, d_model=units)
+                        yield Candidate((STREAM, axis.name, unit), units, removal, pruned.total(removal), gain)
 
     def of_layer(self, pruned: Pruned, budget: Budget, unmet: list[str], layer: int) -> Iterator[Candidate]:
         dense, layout = pruned.dense.layers[layer], pruned.config.layers[layer]
@@ -92,11 +115,11 @@ class Candidates:
             if not axis.rows(layout) or (axis.name == "block" and pruned.blocks_left == 1):
                 continue
             for unit, units in self._choices(axis, layer, axis.rows(dense), axis.removed(dense, cut)):
-                increment = axis.cut(dense, units)
-                merged = cut.merged(increment)
-                gain = budget.gain(pruned.config, layer, pruned.layout_with(layer, merged), unmet)
+                removal = Removal(layer, axis.cut(dense, units))
+                total = pruned.total(removal)
+                gain = budget.gain(pruned.config, layer, pruned.layout_with(layer, total.cut), unmet)
                 if gain > 0:
-                    yield Candidate((layer, axis.name, unit), units, increment, merged, gain)
+                    yield Candidate((layer, axis.name, unit), units, removal, total, gain)
 
     def _choices(self, axis: Axis, layer: int, rows: Rows, gone: set[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
         if axis.whole:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shedder.prune.budget import Budget, figures
 from shedder.prune.candidates import Candidate, Candidates, Pruned
 from shedder.prune.journal import Journal, Losses
-from shedder.prune.plan import LayerPlan
+from shedder.prune.removal import Removal
 from shedder.prune.trials import Key, Trials
 
 RULES = ("rise_per_size", "perplexity")
@@ -37,6 +37,9 @@ class Greedy:
         """From the untouched model, or from the last step of the journal that the budget needs."""
         if not journal.steps:
             self.loss = self.trials.loss()
+            if not math.isfinite(self.loss):
+                raise ValueError(f"the loss of the model on the calibration text is {self.loss}; accepted: a finite "
+                                 "one (a wider dtype may help)")
             self.layer_evaluations = self.trials.blocks_left
             journal.add_step({"step": 0, **self._figures()})
             return
@@ -45,23 +48,39 @@ class Greedy:
         while taken < len(journal.steps) and not self.met:
             self._learn(journal.trials[taken - 1])
             record = journal.steps[taken]
-            self._apply(record["layer"], LayerPlan.from_json(record["removed"]))
+            self._apply(Removal.from_json(record))
             self._note(record)
             taken += 1
         journal.keep(taken)
-        for layer, cut in self.pruned.cuts.items():
-            self.trials.set(layer, cut)
+        self.trials.become(replace(self.trials.plan, layers=dict(self.pruned.cuts), d_model=self.pruned.d_model))
 
     @property
     def met(self) -> bool:
         return not self.budget.unmet(self.pruned.config)
 
     def step(self, journal: Journal) -> dict[str, Any]:
-        """Raises ValueError when nothing is left to remove."""
+        """Raises ValueError when nothing is left to remove, or nothing that leaves the loss finite."""
         candidates = self.candidates.of_model(self.pruned, self.budget)
         if not candidates:
             raise out_of_candidates(self.budget, self.pruned, self.candidates)
         scored = self._worth_scoring(candidates)
+        losses = self._losses(scored, journal)
+        if not any(map(math.isfinite, losses.values())):
+            losses |= self._losses([candidate for candidate in candidates if candidate.key not in losses], journal)
+            scored = candidates
+        chosen = min(scored, key=self._rank)
+        if not math.isfinite(losses[chosen.key]):
+            raise ValueError(f"each of the {len(candidates)} things left to remove makes the loss infinite; accepted: "
+                             f"a budget of {self.budget.reached(self.pruned.config)} or more, or a wider dtype")
+        self.trials.set(self._apply(chosen.removal))
+        self.loss = losses[chosen.key]
+        record = {"step": len(journal.steps), "axis": chosen.axis, **chosen.removal.to_json(), **self._figures(),
+                  "candidates": len(candidates), "scored": len(scored)}
+        journal.add_step(record)
+        return record
+
+    def _losses(self, scored: list[Candidate], journal: Journal) -> Losses:
+        """Without each of them; the journal and the rises know them from now on."""
         trials = [candidate.trial for candidate in scored]
         known = dict(journal.trials[-1])
         done = len(known)
@@ -77,22 +96,15 @@ class Greedy:
         for key, loss in losses.items():
             journal.add_trial(key, loss)
         self._learn(losses)
-        chosen = min(scored, key=self._rank)
-        self.trials.set(chosen.layer, self._apply(chosen.layer, chosen.increment))
-        self.loss = losses[chosen.key]
-        record = {"step": len(journal.steps), "layer": chosen.layer, "axis": chosen.axis,
-                  "removed": chosen.increment.to_json(), **self._figures(),
-                  "candidates": len(candidates), "scored": len(scored)}
-        journal.add_step(record)
-        return record
+        return losses
 
     def _learn(self, losses: Losses) -> None:
         for key, loss in losses.items():
             self.rises[key] = loss - self.loss
 
-    def _apply(self, layer: int, increment: LayerPlan) -> LayerPlan:
-        self.rises = {key: rise for key, rise in self.rises.items() if key[0] != layer}
-        return self.pruned.apply(layer, increment)
+    def _apply(self, removal: Removal) -> Removal:
+        self.rises = {key: rise for key, rise in self.rises.items() if key[0] != removal.layer}
+        return self.pruned.apply(removal)
 
     def _note(self, record: dict[str, Any]) -> None:
         self.loss, self.layer_evaluations = record["loss"], record["layer_evaluations"]
@@ -111,12 +123,13 @@ class Greedy:
         return rise > 0, value, candidate.key
 
     def _figures(self) -> dict[str, Any]:
-        return {"loss": self.loss, "perplexity": _exp(self.loss), **figures(self.pruned.config),
+        return {"loss": self.loss, "perplexity": perplexity_or_none(self.loss), **figures(self.pruned.config),
                 "layer_evaluations": self.layer_evaluations}
 
 
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+def perplexity_or_none(loss: float) -> float | None:
+    """None, JSON's null, where it is beyond a float."""
+    return math.exp(loss) if loss < 700 else None
 
 
 def out_of_candidates(budget: Budget, pruned: Pruned, candidates: Candidates) -> ValueError:

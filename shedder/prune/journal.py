@@ -1,13 +1,15 @@
 """The log of a search: a header that says which search it is, then one line per event, appended as it happens.
 
-A step is {"step": n, ...}; a trial of the step after it is {"trial": [layer, axis, unit], "loss": x}. A search that
-was killed leaves whole lines and perhaps a piece of one, which is cut off when the search goes on.
+A step is {"step": n, ...}; a trial of the step after it is {"trial": [layer, axis, unit], "loss": x}, null where the
+loss is infinite. A search that was killed leaves whole lines and perhaps a piece of one, which is cut off when the
+search goes on.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +95,7 @@ class Journal:
             self.trials.append({})
         else:
             layer, axis, unit = event["trial"]
-            self.trials[-1][layer, axis, unit] = event["loss"]
+            self.trials[-1][layer, axis, unit] = math.inf if event["loss"] is None else event["loss"]
 
     def _append(self, event: dict[str, Any], sync: bool) -> None:
         if self._file is not None:
@@ -106,7 +108,7 @@ class Journal:
         """Survives a kill from now on, though not a power failure before the next step."""
         if key not in self.trials[-1]:
             self.trials[-1][key] = loss
-            self._append({"trial": key, "loss": loss}, sync=False)
+            self._append({"trial": key, "loss": loss if math.isfinite(loss) else None}, sync=False)
 
     def add_step(self, record: dict[str, Any]) -> None:
         record = json.loads(json.dumps(record))

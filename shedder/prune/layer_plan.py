@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -60,7 +60,7 @@ class LayerPlan:
     def merged(self, other: LayerPlan) -> LayerPlan:
         """Both cuts together, both in one numbering; a removed block or SSM takes the cuts inside it along.
 
-        Counts (taps, ranks) add up.
+        Counts (taps, ranks) add up; sets of groups to merge that share a group become one.
         """
         if self.block or other.block:
             return LayerPlan(block=True)
@@ -72,7 +72,7 @@ class LayerPlan:
             together[name] = tuple(tuple({*x, *y}) for x, y in pairs)
         for name in COUNTS:
             together[name] = getattr(self, name) + getattr(other, name)
-        together["merge"] = tuple({*self.merge, *other.merge})
+        together["merge"] = joined([*self.merge, *other.merge])
         if ssm:
             together |= {name: getattr(LayerPlan(), name) for name in INSIDE_SSM}
         return LayerPlan(ssm=ssm, **together)
@@ -126,6 +126,15 @@ def indices(name: str, values: Any) -> tuple[int, ...]:
         if first == second:
             raise PlanError(f"{name} lists {first} more than once")
     return tuple(ordered)
+
+
+def joined(sets: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], ...]:
+    """The sets, those that share a member as one."""
+    found: list[set[int]] = []
+    for one in map(set, sets):
+        touched = [other for other in found if other & one]
+        found = [*(other for other in found if other not in touched), one.union(*touched)]
+    return tuple(sorted(tuple(sorted(one)) for one in found))
 
 
 def _nested(name: str, values: Any, accepted: str) -> tuple[tuple[int, ...], ...]:

@@ -20,9 +20,10 @@ from shedder.prune.budget import Budget
 from shedder.prune.calibration import calibration_rows, digest, fingerprint
 from shedder.prune.candidates import Bundle, Candidates, Pruned
 from shedder.prune.cost import estimate
-from shedder.prune.greedy import RULES, Greedy
+from shedder.prune.greedy import RULES, Greedy, perplexity_or_none
 from shedder.prune.journal import Journal
-from shedder.prune.plan import NORM_REPAIRS, LayerPlan, Plan
+from shedder.prune.plan import NORM_REPAIRS, Plan
+from shedder.prune.removal import Removal, together
 from shedder.prune.scores import METHODS, Scores, Sweep, combined, score_rows
 from shedder.prune.solve import WHOLE, take_evenly, take_lowest
 from shedder.prune.trials import Trials, evaluating
@@ -46,9 +47,9 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
     """A plan that meets the budget.
 
     "greedy" removes one thing at a time. Each step scores every candidate (a block, an SSM, or the bundle of the
-    least important heads, channels or states of one layer) by the calibration perplexity of the model without it,
-    sliced by the slicer and repaired as it will ship, and removes the best one. A candidate in layer k runs the
-    layers from k on: what comes before is computed once per step.
+    least important heads, channels or states of one layer, or of the channels of d_model) by the calibration perplexity
+    of the model without it, sliced by the slicer and repaired as it will ship, and removes the best one. A candidate in
+    layer k runs the layers from k on: what comes before is computed once per step.
 
     "one-shot" removes what has the lowest score, without looking again: as good as its scores are.
 
@@ -60,7 +61,8 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
         budget: {"params": 0.7} stops when 70 % of the parameters are left, {"state": 0.5} at half of the bytes of
             decode state, {"flops": 0.8} at 80 % of the flops of a prefill; with several, when all hold.
         axes: of "block", "ssm", "head" (Mamba-2), "channel" (Mamba-1), "state", which are the default, and "group",
-            "head_channel" and "mlp" (Mamba-2), "rank" (of dt, Mamba-1), "tap" (of the convolution, the oldest first).
+            "merge" (of B/C groups, whose units are pairs), "head_channel" and "mlp" (Mamba-2), "rank" (of dt, Mamba-1),
+            "tap" (of the convolution, the oldest first), "d_model" (channels of the residual stream, in all layers).
         method: "greedy" or "one-shot".
         rule: of greedy. "rise_per_size" removes what raises log-perplexity least per share of the budget's measure
             that it removes (shares of the measures not yet met are added), which makes axes comparable; what lowers
@@ -101,9 +103,9 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
             raise ValueError(f"{name} is {value!r}; accepted: an integer >= 1")
     chosen = axes_named(model.config.family, axes, group_aware)
     if group_aware:
-        _check_equal_groups(model.config)
+        _check_equal_groups(model.config, chosen)
     bundles = _bundles(bundle, chosen, method)
-    goal = Budget(budget, model.config)
+    goal = Budget(budget, model.config, keeps_d_model=not any(axis.shared for axis in chosen))
     rows = calibration_rows(model, text, sequences, length, seed, tokenizer)
     score = score if score is not None else DEFAULT_SCORE[method]
     sweep = Sweep(rows, batch, seed, chosen, norm_repair=norm_repair, repairs=tuple(repairs), progress=progress is True,
@@ -133,7 +135,8 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
                 _run(greedy, journal, progress)
         return Plan(model.config.family, greedy.pruned.cuts, norm_repair, {
             "method": "greedy removal by calibration perplexity", "settings": settings,
-            "layer_evaluations": greedy.layer_evaluations, "trajectory": journal.steps}, repairs=tuple(repairs))
+            "layer_evaluations": greedy.layer_evaluations, "trajectory": journal.steps},
+            greedy.pruned.d_model, tuple(repairs))
     finally:
         journal.close()
 
@@ -150,15 +153,16 @@ def solve(model: LanguageModel | ModelConfig, scores: Scores | str | os.PathLike
     _check_choice("norm_repair", norm_repair, NORM_REPAIRS)
     scores = scores if isinstance(scores, Scores) else Scores.load(scores)
     scores.check(config)
-    scored = {axis for layer in scores.layers for axis in layer}
+    scored = {axis for layer in (*scores.layers, scores.shared) for axis in layer}
     if axes is None:
         axes = [axis for axis in DEFAULT_AXES[config.family] if axis in scored] or sorted(scored)
     chosen = axes_named(config.family, axes, group_aware)
     if group_aware:
-        _check_equal_groups(config)
+        _check_equal_groups(config, chosen)
     bundles = _bundles(bundle, chosen, "one-shot")
     candidates = Candidates(chosen, bundles, scores)
-    return _solved(config, Budget(budget, config), candidates, evenly, norm_repair, repairs, {
+    goal = Budget(budget, config, keeps_d_model=not any(axis.shared for axis in chosen))
+    return _solved(config, goal, candidates, evenly, norm_repair, repairs, {
         "method": "one-shot", "budget": dict(budget), "axes": [axis.name for axis in chosen], "bundle": bundles,
         "group_aware": group_aware, "norm_repair": norm_repair, "repairs": list(repairs)})
 
@@ -170,11 +174,9 @@ def prefix(plan: Plan, steps: int) -> Plan:
         raise ValueError("plan has no provenance['trajectory']; accepted: plans that search returned")
     if not 0 <= steps < len(trajectory):
         raise ValueError(f"steps is {steps}; this search took 0..{len(trajectory) - 1} steps")
-    cuts: dict[int, LayerPlan] = {}
-    for record in trajectory[1:steps + 1]:
-        layer = record["layer"]
-        cuts[layer] = cuts.get(layer, LayerPlan()).merged(LayerPlan.from_json(record["removed"]))
-    return replace(plan, layers=cuts, provenance={**plan.provenance, "trajectory": trajectory[:steps + 1]})
+    cuts, d_model = together(Removal.from_json(record) for record in trajectory[1:steps + 1])
+    return replace(plan, layers=cuts, d_model=d_model,
+                   provenance={**plan.provenance, "trajectory": trajectory[:steps + 1]})
 
 
 # ---- checking
@@ -202,7 +204,10 @@ def _bundles(bundle: Bundle | Mapping[str, Bundle], axes: Sequence[Axis], method
     return bundles
 
 
-def _check_equal_groups(config: ModelConfig) -> None:
+def _check_equal_groups(config: ModelConfig, axes: Sequence[Axis]) -> None:
+    if any(axis.name == "merge" for axis in axes):
+        raise ValueError("axes has 'merge', which makes groups of unequal numbers of heads; accepted: group_aware "
+                         "without it")
     for index, layout in enumerate(config.layers):
         if isinstance(layout, SSDLayout):
             sizes = [layout.head_to_group.count(group) for group in range(layout.ngroups)]
@@ -255,10 +260,12 @@ def _one_shot(model: LanguageModel, goal: Budget, candidates: Candidates, evenly
         return plan
     with evaluating(model):
         trials = Trials(model, sweep, sweep.norm_repair, sweep.repairs, workers=sweep.workers)
-        for layer, cut in plan.layers.items():
-            trials.set(layer, cut)
+        trials.become(plan)
         loss = trials.loss()
-    return replace(plan, provenance={**plan.provenance, "loss": loss, "perplexity": math.exp(loss)})
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss of the plan on the calibration text is {loss}; accepted: a finite one (a wider "
+                         "dtype or another score may help)")
+    return replace(plan, provenance={**plan.provenance, "loss": loss, "perplexity": perplexity_or_none(loss)})
 
 
 def _solved(config: ModelConfig, goal: Budget, candidates: Candidates, evenly: bool | None, norm_repair: str,
@@ -275,7 +282,7 @@ def _solved(config: ModelConfig, goal: Budget, candidates: Candidates, evenly: b
     records = take_evenly(pruned, goal, candidates) if evenly else take_lowest(pruned, goal, candidates, scores)
     return Plan(config.family, pruned.cuts, norm_repair, {
         "method": "one shot by scores", "settings": {**settings, "evenly": evenly}, "scores": scores.provenance,
-        "trajectory": records}, repairs=tuple(repairs))
+        "trajectory": records}, pruned.d_model, tuple(repairs))
 
 
 # ---- greedy
@@ -294,9 +301,9 @@ def _run(greedy: Greedy, journal: Journal, progress: Progress) -> None:
             if callable(progress):
                 progress(record)
         bar.n = 100
-        bar.set_postfix_str(f"{len(journal.steps) - 1} steps; perplexity {math.exp(greedy.loss):.3f}")
+        bar.set_postfix_str(f"{len(journal.steps) - 1} steps; loss {greedy.loss:.4f}")
 
 
 def _show(bar: tqdm[Any], greedy: Greedy, journal: Journal, doing: str) -> None:
     bar.n = round(100 * greedy.budget.progress(greedy.pruned.config))
-    bar.set_postfix_str(f"step {len(journal.steps)}: {doing}; perplexity {math.exp(greedy.loss):.3f}")
+    bar.set_postfix_str(f"step {len(journal.steps)}: {doing}; loss {greedy.loss:.4f}")

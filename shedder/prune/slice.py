@@ -49,13 +49,7 @@ def compact(model: LanguageModel, plan: Plan, calibration: str | Calibration | D
         calibration = calibration_of(model, calibration, plan.provenance)
     if isinstance(calibration, Calibration):
         calibration = dense_statistics(model, calibration, plan.repairs) if plan.needs_statistics else None
-    outside = {name: parameter.detach() for name, parameter in model.named_parameters()
-               if not name.startswith(_LAYERS)}
-    tensors = slice_tensors(put_in_outside(outside, config, plan, calibration), MODEL_SECTIONS, _outside_axes(config),
-                            {"model": _rows(rest(config.d_model, plan.d_model)),
-                             "vocabulary": _rows(range(config.vocab_size))})
-    _adopt({name: parameter for name, parameter in compacted.named_parameters() if not name.startswith(_LAYERS)},
-           tensors)
+    _fill_outside(compacted, model, plan, calibration)
     for index, (block, small) in enumerate(zip(model.layers, compacted.layers, strict=True)):
         _fill(small, block, config, index, plan, calibration)
     compacted.tokenizer_name, compacted.tokenizer_folder = model.tokenizer_name, model.tokenizer_folder
@@ -63,6 +57,14 @@ def compact(model: LanguageModel, plan: Plan, calibration: str | Calibration | D
     if model.plan is not None:
         compacted.provenance["earlier_plans"] = [*model.provenance.get("earlier_plans", []), model.plan]
     compacted.plan = json.loads(plan.to_json())
+    return compacted.train(model.training)
+
+
+def compact_outside(model: LanguageModel, plan: Plan, statistics: DenseStatistics | None = None) -> LanguageModel:
+    """What surrounds the blocks after a plan (embedding, last norm, head), as a model without blocks."""
+    config = replace(plan.with_kept_d_model(model.config), layers=())
+    compacted = LanguageModel(config, model.device, model.dtype, initialise=False)
+    _fill_outside(compacted, model, plan, statistics)
     return compacted.train(model.training)
 
 
@@ -75,6 +77,19 @@ def compact_block(block: nn.Module, config: ModelConfig, index: int, plan: Plan,
     compacted = build_block(plan.with_kept_d_model(config).with_layer(index, layout), index, device, dtype)
     _fill(compacted, block, config, index, plan, statistics)
     return compacted.train(block.training)
+
+
+def _fill_outside(compacted: LanguageModel, model: LanguageModel, plan: Plan,
+                  statistics: DenseStatistics | None) -> None:
+    """Gives a new model of the compacted shape its parameters outside the blocks."""
+    config = model.config
+
+    def outside(of: LanguageModel) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in of.named_parameters() if not name.startswith(_LAYERS)}
+    own = {name: parameter.detach() for name, parameter in outside(model).items()}
+    _adopt(outside(compacted), slice_tensors(
+        put_in_outside(own, config, plan, statistics), MODEL_SECTIONS, _outside_axes(config),
+        {"model": _rows(rest(config.d_model, plan.d_model)), "vocabulary": _rows(range(config.vocab_size))}))
 
 
 def _fill(compacted: nn.Module, block: nn.Module, config: ModelConfig, index: int, plan: Plan,

@@ -8,6 +8,7 @@ from typing import Any
 from shedder.prune.budget import Budget, figures
 from shedder.prune.candidates import Candidate, Candidates, Pruned
 from shedder.prune.greedy import out_of_candidates
+from shedder.prune.removal import STREAM
 from shedder.prune.scores import Scores
 
 WHOLE = ("block", "ssm")              # what a layer loses after parts of it have gone
@@ -21,11 +22,13 @@ def take_lowest(pruned: Pruned, budget: Budget, candidates: Candidates, scores: 
     """
     records = [_record(0, pruned)]
     paid: dict[int, float] = defaultdict(float)
-    known: dict[int, list[Candidate]] = {}             # by layer, while it and what the budget lacks stay the same
+    # By layer, while it, what the budget lacks and d_model stay the same.
+    known: dict[int, list[Candidate]] = {}
     lacks: list[str] = []
     while unmet := budget.unmet(pruned.config):
         if unmet != lacks or pruned.blocks_left == 1:
             known, lacks = {}, unmet
+        known[STREAM] = list(candidates.of_stream(pruned, budget, unmet))
         for layer in range(len(pruned.config.layers)):
             if layer not in known:
                 known[layer] = list(candidates.of_layer(pruned, budget, unmet, layer))
@@ -36,7 +39,10 @@ def take_lowest(pruned: Pruned, budget: Budget, candidates: Candidates, scores: 
         chosen = min(choices, key=lambda choice: choice[:2])[2]
         paid[chosen.layer] += _price(chosen, scores, paid)
         _remove(pruned, chosen, records)
-        del known[chosen.layer]
+        if chosen.layer == STREAM:
+            known = {}
+        else:
+            del known[chosen.layer]
     return records
 
 
@@ -62,9 +68,8 @@ def _price(candidate: Candidate, scores: Scores, paid: dict[int, float]) -> floa
 
 
 def _remove(pruned: Pruned, chosen: Candidate, records: list[dict[str, Any]]) -> None:
-    pruned.apply(chosen.layer, chosen.increment)
-    records.append({**_record(len(records), pruned), "layer": chosen.layer, "axis": chosen.axis,
-                    "removed": chosen.increment.to_json()})
+    pruned.apply(chosen.removal)
+    records.append({**_record(len(records), pruned), "axis": chosen.axis, **chosen.removal.to_json()})
 
 
 def _record(step: int, pruned: Pruned) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from shedder.evaluate import negative_log_likelihood
 from shedder.nn import LanguageModel
 from shedder.prune.calibration import Calibration
 from shedder.prune.parallel import Workers
-from shedder.prune.plan import LayerPlan, Plan
-from shedder.prune.slice import compact_block
+from shedder.prune.plan import Plan
+from shedder.prune.removal import STREAM, Removal
+from shedder.prune.slice import compact_block, compact_outside
 from shedder.prune.statistics import dense_statistics
 
 Streams = list[tuple[Tensor, Tensor | None]]           # hidden and residual, one pair per calibration batch
@@ -24,18 +25,21 @@ Key = tuple[int, str, int]                             # (layer, axis, unit); un
 
 @dataclass(frozen=True)
 class Trial:
-    """Layer `layer` with `cut` in place of the cut that it has."""
+    """The model with `total` in place of what is gone from that layer, or from the residual stream."""
 
     key: Key
-    layer: int
-    cut: LayerPlan
+    total: Removal
+
+    @property
+    def layer(self) -> int:
+        return self.total.layer
 
 
 class Trials:
     """Runs a model block by block, sliced and repaired as it will ship.
 
     A trial of layer k differs from the model from layer k on. With prefix_cache the layers before it run once for
-    all trials; without (for comparison), in each.
+    all trials; without (for comparison), in each. A trial of the residual stream runs all layers.
     """
 
     def __init__(self, model: LanguageModel, calibration: Calibration, norm_repair: str, repairs: Sequence[str] = (),
@@ -46,14 +50,19 @@ class Trials:
                            if self.plan.needs_statistics else None)
         self.workers = workers or Workers()
         self.inputs, self.targets = calibration.inputs, calibration.targets
-        self.blocks: list[nn.Module] = list(model.layers)
+        self.outside, self.blocks = model, list(model.layers)
 
-    def set(self, layer: int, cut: LayerPlan) -> None:
-        self.blocks[layer] = self._sliced(layer, cut)
+    def become(self, plan: Plan) -> None:
+        """Makes the model as pruned so far the one after `plan`."""
+        self.outside, self.blocks = self._sliced(plan)
+        self.plan = plan
+
+    def set(self, total: Removal) -> None:
+        self.become(self._plan_with(total))
 
     def loss(self) -> float:
         """The mean loss per token of the model as it is."""
-        return self._loss(self._forward(self._embedded(), self.blocks))
+        return self._loss(self.outside, self._forward(self._embedded(self.outside), self.blocks))
 
     def losses(self, trials: Sequence[Trial], known: Mapping[Key, float],
                on_loss: Callable[[Key, float], None]) -> dict[Key, float]:
@@ -66,15 +75,15 @@ class Trials:
         if not pending:
             return losses
         mine = self.workers.mine(pending)
-        streams, reached = self._embedded(), 0
+        streams, reached = self._embedded(self.outside), 0
         found: dict[Key, float] = {}
         for trial in mine:
-            rest = [self._sliced(trial.layer, trial.cut), *self.blocks[trial.layer + 1:]]
-            if self.prefix_cache:
+            outside, blocks = self._sliced(self._plan_with(trial.total))
+            if self.prefix_cache and trial.layer != STREAM:
                 streams, reached = self._forward(streams, self.blocks[reached:trial.layer]), trial.layer
-                value = self._loss(self._forward(streams, rest))
+                value = self._loss(outside, self._forward(streams, blocks[trial.layer:]))
             else:
-                value = self._loss(self._forward(self._embedded(), [*self.blocks[:trial.layer], *rest]))
+                value = self._loss(outside, self._forward(self._embedded(outside), blocks))
             found[trial.key] = value if math.isfinite(value) else math.inf
             on_loss(trial.key, found[trial.key])
         return losses | self.workers.merged([trial.key for trial in pending], found)
@@ -83,16 +92,18 @@ class Trials:
         """How many blocks `losses` runs over the calibration tokens, one process and nothing known."""
         alive = [int(_runs(block)) for block in self.blocks]
         after = [sum(alive[layer + 1:]) for layer in range(len(alive))]
-        count = sum(after[trial.layer] + (0 if trial.cut.block else 1) for trial in trials)
-        before = [sum(alive[:trial.layer]) for trial in trials]
-        return count + (max(before, default=0) if self.prefix_cache else sum(before))
+        of_layers = [trial for trial in trials if trial.layer != STREAM]
+        count = sum(after[trial.layer] + (0 if trial.total.cut.block else 1) for trial in of_layers)
+        before = [sum(alive[:trial.layer]) for trial in of_layers]
+        return (count + (max(before, default=0) if self.prefix_cache else sum(before))
+                + sum(alive) * (len(trials) - len(of_layers)))
 
     @property
     def blocks_left(self) -> int:
         return sum(map(_runs, self.blocks))
 
-    def _embedded(self) -> Streams:
-        return [(self.model.embed(tokens), None) for tokens in self.inputs]
+    def _embedded(self, outside: LanguageModel) -> Streams:
+        return [(outside.embed(tokens), None) for tokens in self.inputs]
 
     def _forward(self, streams: Streams, blocks: Sequence[nn.Module]) -> Streams:
         for block in blocks:
@@ -100,18 +111,31 @@ class Trials:
                 streams = [block(hidden, residual, None) for hidden, residual in streams]
         return streams
 
-    def _loss(self, streams: Streams) -> float:
+    def _loss(self, outside: LanguageModel, streams: Streams) -> float:
         """Summed in Python floats: the order, hence the value, is fixed."""
         total, count = 0.0, 0
         for (hidden, residual), targets in zip(streams, self.targets, strict=True):
-            logits = self.model.head(hidden, residual)
+            logits = outside.head(hidden, residual)
             total += negative_log_likelihood(logits, targets).item() * targets.numel()
             count += targets.numel()
         return total / count
 
-    def _sliced(self, layer: int, cut: LayerPlan) -> nn.Module:
-        plan = replace(self.plan, layers={layer: cut})
-        return compact_block(self.model.layers[layer], self.model.config, layer, plan, self.statistics)
+    def _plan_with(self, total: Removal) -> Plan:
+        if total.layer == STREAM:
+            return replace(self.plan, d_model=total.d_model)
+        return replace(self.plan, layers={**self.plan.layers, total.layer: total.cut})
+
+    def _sliced(self, plan: Plan) -> tuple[LanguageModel, list[nn.Module]]:
+        """What surrounds the blocks, and the blocks, after `plan`; where it does as self.plan they are taken over."""
+        model, statistics = self.model, self.statistics
+        if plan.d_model != self.plan.d_model:
+            return (compact_outside(model, plan, statistics),
+                    [compact_block(block, model.config, index, plan, statistics)
+                     for index, block in enumerate(model.layers)])
+        return self.outside, [
+            block if plan.layers.get(index) == self.plan.layers.get(index)
+            else compact_block(model.layers[index], model.config, index, plan, statistics)
+            for index, block in enumerate(self.blocks)]
 
 
 def _runs(block: nn.Module) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import ClassVar
 
 from shedder.layout import LayerLayout, RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
 from shedder.nn.config import FAMILIES
 from shedder.prune.kept import Kept, group_of
-from shedder.prune.layer_plan import LayerPlan
+from shedder.prune.layer_plan import LayerPlan, joined
 
 Rows = tuple[tuple[int, ...], ...]
 
@@ -25,6 +26,7 @@ class Axis(ABC):
     families: ClassVar[tuple[str, ...]]
     whole: ClassVar[bool] = False                      # one unit, which goes whole
     ordered: ClassVar[bool] = False                    # units go in their order, whatever their scores
+    shared: ClassVar[bool] = False                     # no layer has units of its own: all share them
     alike: bool = False                                # every row loses the units at the same places
     keeps: ClassVar[int] = 1                           # units of a row that always stay
 
@@ -148,6 +150,30 @@ class GroupAxis(Axis):
         return LayerPlan(groups=tuple(units))
 
 
+class MergeAxis(Axis):
+    """Pairs of B/C groups that become one; groups that are merged with the same one are merged with each other."""
+
+    name, families, keeps = "merge", ("mamba1", "mamba2"), 0
+
+    def rows(self, layout: LayerLayout) -> Rows:
+        count = len(group_pairs(layout))
+        return (tuple(range(count)),) if count else ()
+
+    def removed(self, layout: LayerLayout, cut: LayerPlan) -> set[int]:
+        """Pairs that are one by now, or of which one is gone."""
+        new = {old: number for number, sources in enumerate(Kept.of(layout, cut).groups) for old in sources}
+        return {pair for pair, (a, b) in enumerate(group_pairs(layout))
+                if a not in new or b not in new or new[a] == new[b]}
+
+    def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
+        pairs = group_pairs(layout)
+        return LayerPlan(merge=joined(pairs[unit] for unit in units))
+
+
+def group_pairs(layout: LayerLayout) -> list[tuple[int, int]]:
+    return list(combinations(range(getattr(layout, "ngroups", 0)), 2))
+
+
 @dataclass(frozen=True)
 class HeadChannelAxis(Axis):
     """Channel p of head h is h * P + p; every head loses as many, alike: the same."""
@@ -216,13 +242,28 @@ class TapAxis(Axis):
         return LayerPlan(taps=len(units))
 
 
+class StreamAxis(Axis):
+    """Channels of the residual stream: of the embedding, of every norm before a block, in_proj and out_proj."""
+
+    name, families, shared = "d_model", ("mamba1", "mamba2"), True
+
+    def rows(self, layout: LayerLayout) -> Rows:
+        return ()
+
+    def removed(self, layout: LayerLayout, cut: LayerPlan) -> set[int]:
+        return set()
+
+    def cut(self, layout: LayerLayout, units: Collection[int]) -> LayerPlan:
+        return LayerPlan()
+
+
 def _in_groups(layout: LayerLayout, cut: LayerPlan) -> set[int]:
     """The heads or channels that go with their groups."""
     return {unit for unit, group in enumerate(group_of(layout)) if group in cut.groups}
 
 
-ALL: tuple[Axis, ...] = (BlockAxis(), SSMAxis(), HeadAxis(), ChannelAxis(), StateAxis(), GroupAxis(), HeadChannelAxis(),
-                         MLPAxis(), RankAxis(), TapAxis())
+ALL: tuple[Axis, ...] = (BlockAxis(), SSMAxis(), HeadAxis(), ChannelAxis(), StateAxis(), GroupAxis(), MergeAxis(),
+                         HeadChannelAxis(), MLPAxis(), RankAxis(), TapAxis(), StreamAxis())
 AXES = {family: tuple(axis.name for axis in ALL if family in axis.families) for family in FAMILIES}
 DEFAULT_AXES = {"mamba1": ("block", "ssm", "channel", "state"), "mamba2": ("block", "ssm", "head", "state")}
 

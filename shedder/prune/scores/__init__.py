@@ -1,7 +1,7 @@
 """What each head, channel, state, SSM and block is worth, by several methods with one interface.
 
-A method takes a model and calibration tokens and returns, for each layer, one tensor of scores per axis. A new one
-is a function and a line in METHODS.
+A method takes a model and calibration tokens and returns one tensor of scores per axis: for each layer, and for the
+residual stream that all share. A new one is a function and a line in METHODS.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from shedder.nn import LanguageModel
 from shedder.prune.calibration import Calibration, calibration_rows, digest, fingerprint
+from shedder.prune.removal import STREAM
 from shedder.prune.scores.activation import activation
 from shedder.prune.scores.contribution import contribution
 from shedder.prune.scores.magnitude import magnitude
 from shedder.prune.scores.perplexity import Sweep, perplexity_rise
 from shedder.prune.scores.states import controllability_observability, delta_activity, h_infinity
-from shedder.prune.scores.table import Scores, ScoresError, combined, with_groups
+from shedder.prune.scores.table import Found, Scores, ScoresError, combined, with_groups
 from shedder.prune.scores.taylor import first_order, second_order
 from shedder.prune.units import axes_named
 from shedder.text import Tokenizer
@@ -31,7 +32,7 @@ __all__ = ["METHODS", "Scores", "ScoresError", "Sweep", "combined", "score"]
 class Method:
     """comparable: values of different layers (and axes) may be compared, as rises of the loss may."""
 
-    run: Callable[[LanguageModel, Calibration], list[dict[str, Tensor]]]
+    run: Callable[[LanguageModel, Calibration], Found]
     comparable: bool
 
 
@@ -75,18 +76,20 @@ def score_rows(model: LanguageModel, sweep: Sweep, method: str, axes: Sequence[s
     was_training = model.training
     model.eval()
     try:
-        layers = with_groups(model.config, METHODS[method].run(model, sweep))
+        found = with_groups(model.config, METHODS[method].run(model, sweep))
     finally:
         model.train(was_training)
-    known = {axis for scores in layers for axis in scores}
-    there = {axis.name for axis in sweep.axes if any(axis.is_in(layout) for layout in model.config.layers)}
+    known = {axis for scores in found.values() for axis in scores}
+    there = {axis.name for axis in sweep.axes
+             if axis.shared or any(axis.is_in(layout) for layout in model.config.layers)}
     missing = sorted(there.intersection(axes or ()) - known)
     if missing:
         raise ValueError(f"method {method!r} has no scores for {missing}; it has {sorted(known)}")
-    kept = tuple({axis: values.detach().double().cpu() for axis, values in scores.items()
-                  if axes is None or axis in axes} for scores in layers)
-    if not all(values.isfinite().all() for scores in kept for values in scores.values()):
+    kept = {index: {axis: values.detach().double().cpu() for axis, values in scores.items()
+                    if axes is None or axis in axes} for index, scores in found.items()}
+    if not all(values.isfinite().all() for scores in kept.values() for values in scores.values()):
         raise ValueError(f"method {method!r} gives scores that are not finite; the model's activations overflow")
-    return Scores(model.config.family, kept, METHODS[method].comparable, {
+    shared = kept.pop(STREAM, {})
+    return Scores(model.config.family, tuple(kept[index] for index in sorted(kept)), METHODS[method].comparable, {
         "method": method, "model": fingerprint(model), "tokens": digest([sweep.rows]), "rows": list(sweep.rows.shape),
-        "seed": sweep.seed})
+        "seed": sweep.seed}, shared)

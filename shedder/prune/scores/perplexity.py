@@ -14,10 +14,11 @@ from shedder.nn import LanguageModel
 from shedder.prune.calibration import Calibration, digest, fingerprint
 from shedder.prune.journal import Journal
 from shedder.prune.parallel import Workers
+from shedder.prune.removal import STREAM, Removal
 from shedder.prune.scores.contribution import contribution
-from shedder.prune.scores.table import with_groups
+from shedder.prune.scores.table import Found, with_groups
 from shedder.prune.trials import Trial, Trials, evaluating
-from shedder.prune.units import Axis
+from shedder.prune.units import Axis, Rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Sweep(Calibration):
 
 @dataclass(frozen=True)
 class _Curve:
-    """The units of one layer and axis, least contribution first, and how many are gone at each level."""
+    """The units of one axis of a layer or of STREAM, least contribution first, and how many are gone at each level."""
 
     layer: int
     axis: Axis
@@ -43,26 +44,31 @@ class _Curve:
     counts: list[int]
 
     def trials(self, model: LanguageModel) -> list[Trial]:
-        layout = model.config.layers[self.layer]
-        return [Trial((self.layer, self.axis.name, count), self.layer, self.axis.cut(
-            layout, [unit for row in self.rows for unit in row[:count]])) for count in self.counts]
+        def removal(units: list[int]) -> Removal:
+            if self.layer == STREAM:
+                return Removal(STREAM, d_model=tuple(sorted(units)))
+            return Removal(self.layer, self.axis.cut(model.config.layers[self.layer], units))
+        return [Trial((self.layer, self.axis.name, count), removal([unit for row in self.rows for unit in row[:count]]))
+                for count in self.counts]
 
 
-def perplexity_rise(model: LanguageModel, sweep: Calibration) -> list[dict[str, Tensor]]:
-    """The rise of log-perplexity as a layer loses more and more units of one axis, the rest of the model whole.
+def perplexity_rise(model: LanguageModel, sweep: Calibration) -> Found:
+    """The rise of log-perplexity as a layer (or the residual stream) loses more and more units of one axis, the rest of
+    the model whole.
 
     Units go in `levels` bundles in the order of their contribution; each unit gets its share of what its bundle adds.
     Where a bundle adds less than the one before it, both get their mean, so that the order of the units holds.
     """
     assert isinstance(sweep, Sweep)
     needed = any(not (axis.whole or axis.ordered) for axis in sweep.axes)
-    ranks = with_groups(model.config, contribution(model, sweep)) if needed else []
-    curves = [curve for layer in range(len(model.config.layers)) for axis in sweep.axes
-              for curve in _curve(model, layer, axis, ranks[layer].get(axis.name) if ranks else None, sweep.levels)]
+    layers = (STREAM, *range(len(model.config.layers)))
+    ranks = with_groups(model.config, contribution(model, sweep)) if needed else {layer: {} for layer in layers}
+    curves = [curve for layer in layers for axis in sweep.axes
+              for curve in _curve(model, layer, axis, ranks[layer].get(axis.name), sweep.levels)]
     with evaluating(model):
         trials = Trials(model, sweep, sweep.norm_repair, sweep.repairs, workers=sweep.workers)
         losses = _losses(model, sweep, trials, [trial for curve in curves for trial in curve.trials(model)])
-    scores: list[dict[str, Tensor]] = [{} for _ in model.config.layers]
+    scores: Found = {layer: {} for layer in layers}
     for curve in curves:
         rises = [losses[curve.layer, curve.axis.name, count] - losses[_WHOLE] for count in curve.counts]
         scores[curve.layer][curve.axis.name] = _spread(curve, rises)
@@ -73,7 +79,11 @@ _WHOLE = (-1, "", -1)
 
 
 def _curve(model: LanguageModel, layer: int, axis: Axis, ranks: Tensor | None, levels: int) -> list[_Curve]:
-    rows = axis.rows(model.config.layers[layer])
+    rows: Rows = ()
+    if layer != STREAM:
+        rows = axis.rows(model.config.layers[layer])
+    elif axis.shared:
+        rows = (tuple(range(model.config.d_model)),)
     if not rows:
         return []
     if axis.whole:

@@ -9,10 +9,10 @@ from shedder.layout import ScanLayout, SSDLayout
 from shedder.nn import LanguageModel, Mixer
 from shedder.prune.calibration import Calibration
 from shedder.prune.scores.observe import Sums, live_mixers, watch
-from shedder.prune.scores.table import layer_adaptive
+from shedder.prune.scores.table import Found, layer_adaptive
 
 
-def controllability_observability(model: LanguageModel, calibration: Calibration) -> list[dict[str, Tensor]]:
+def controllability_observability(model: LanguageModel, calibration: Calibration) -> Found:
     """E[h_n^2] E[C_n^2], the energy that inputs bring into a state times how strongly it is read (GHOST, 2026).
 
     h is walked step by step over the calibration tokens; energies add up over the channels that have the state.
@@ -20,12 +20,12 @@ def controllability_observability(model: LanguageModel, calibration: Calibration
     return _from_sums(model, calibration, walk=True, score=lambda sums, mixer: sums["h^2"] * sums["C^2"])
 
 
-def delta_activity(model: LanguageModel, calibration: Calibration) -> list[dict[str, Tensor]]:
+def delta_activity(model: LanguageModel, calibration: Calibration) -> Found:
     """E[dt |B_n|] over the channels that have the state: how much the step size lets into it (as PerfMamba, 2025)."""
     return _from_sums(model, calibration, walk=False, score=lambda sums, mixer: sums["dt |B|"])
 
 
-def h_infinity(model: LanguageModel, calibration: Calibration) -> list[dict[str, Tensor]]:
+def h_infinity(model: LanguageModel, calibration: Calibration) -> Found:
     """Squared H-infinity norms of the states' own systems, as shares of their layer (LAST, Gwak et al., 2024).
 
     With dt, B^2 and C^2 at their means a state is the system dt B / (1 - exp(dt A) / z) C; A < 0, so its gain is
@@ -33,9 +33,9 @@ def h_infinity(model: LanguageModel, calibration: Calibration) -> list[dict[str,
     is left when all smaller states of the layer are gone, which makes layers comparable.
     """
     scores = _from_sums(model, calibration, walk=False, score=_squared_gain)
-    return [{axis: torch.tensor([layer_adaptive(row) for row in values.view(-1, values.shape[-1]).tolist()],
-                                dtype=torch.float64).view(values.shape) for axis, values in layer.items()}
-            for layer in scores]
+    return {index: {axis: torch.tensor([layer_adaptive(row) for row in values.view(-1, values.shape[-1]).tolist()],
+                                       dtype=torch.float64).view(values.shape) for axis, values in layer.items()}
+            for index, layer in scores.items()}
 
 
 def _squared_gain(sums: Sums, mixer: Mixer) -> Tensor:
@@ -59,12 +59,12 @@ def _group_of_each(mixer: Mixer) -> Tensor:
     return torch.tensor(layout.head_to_group)
 
 
-def _from_sums(model: LanguageModel, calibration: Calibration, walk: bool, score) -> list[dict[str, Tensor]]:
+def _from_sums(model: LanguageModel, calibration: Calibration, walk: bool, score) -> Found:
     mixers = {index: mixer for index, mixer in live_mixers(model).items()
               if isinstance(mixer.layout, (ScanLayout, SSDLayout))}
     watchers = {index: _Recurrence(mixer, walk) for index, mixer in mixers.items()}
     watch(model, calibration.inputs, {index: watcher.see for index, watcher in watchers.items()})
-    scores: list[dict[str, Tensor]] = [{} for _ in model.config.layers]
+    scores: Found = {index: {} for index in range(len(model.config.layers))}
     for index, watcher in watchers.items():
         watcher.average()
         states = score(watcher.sums, mixers[index])                           # (G, N)

@@ -18,10 +18,15 @@ from torch import Tensor
 from shedder.nn.config import FAMILIES, ModelConfig
 from shedder.prune.kept import group_of
 from shedder.prune.plan import write_atomically
+from shedder.prune.removal import STREAM
 from shedder.prune.units import ALL, AXES
 
 FORMAT = "shedder.scores"
 VERSION = 1
+SHARED = tuple(axis.name for axis in ALL if axis.shared)
+
+# What a method finds: of each layer, and of STREAM for what all layers share, scores by axis.
+Found = dict[int, dict[str, Tensor]]
 
 
 class ScoresError(ValueError):
@@ -33,7 +38,9 @@ class Scores:
     """What each unit is worth: the higher, the later it goes. The score of a set of units is the sum of theirs.
 
     layers[i][axis] has one fp64 value per unit of layer i: (), for "block" and "ssm"; (H,) for "head"; (D,) for
-    "channel"; (G, N), in Mamba-1 (N,), for "state"; (H, P) for "head_channel". An axis that was not scored is missing.
+    "channel"; (G, N), in Mamba-1 (N,), for "state"; (H, P) for "head_channel"; one per pair of groups, (0, 1), (0, 2)
+    and so on, for "merge". shared has those of what no layer owns: (d_model,) for "d_model". An axis that was not
+    scored is missing.
     comparable: values of different layers, and of different axes, may be compared.
     provenance is free-form JSON: which model, tokens and method.
     """
@@ -42,23 +49,29 @@ class Scores:
     layers: tuple[dict[str, Tensor], ...]
     comparable: bool
     provenance: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, layer: int, axis: str) -> list[float]:
-        """Flattened values of one layer.
+        """Flattened values of one layer, or with STREAM for a layer of what all share.
 
         Raises:
             ScoresError: the axis was not scored.
         """
-        if axis not in self.layers[layer]:
-            known = sorted({name for scores in self.layers for name in scores})
-            raise ScoresError(f"axis {axis!r} has no scores in layer {layer}; these scores have {known}")
-        return self.layers[layer][axis].flatten().tolist()
+        scores = self.shared if layer == STREAM else self.layers[layer]
+        if axis not in scores:
+            known = sorted({name for layer in (*self.layers, self.shared) for name in layer})
+            where = "" if layer == STREAM else f" in layer {layer}"
+            raise ScoresError(f"axis {axis!r} has no scores{where}; these scores have {known}")
+        return scores[axis].flatten().tolist()
 
     def check(self, config: ModelConfig) -> None:
         """Raises ScoresError unless every score belongs to a unit of a model of this config."""
         if self.family != config.family or len(self.layers) != len(config.layers):
             raise ScoresError(f"scores are of a {self.family} model of {len(self.layers)} layers; "
                               f"this is a {config.family} model of {len(config.layers)}")
+        for name, values in self.shared.items():
+            if values.numel() != config.d_model:
+                raise ScoresError(f"{name} has {values.numel()} scores; this model has d_model {config.d_model}")
         for index, (layout, scores) in enumerate(zip(config.layers, self.layers, strict=True)):
             units = {axis.name: sum(map(len, axis.rows(layout))) for axis in ALL if config.family in axis.families}
             for name, values in scores.items():
@@ -72,6 +85,7 @@ class Scores:
                  "comparable": self.comparable, "provenance": self.provenance}
         tensors = {f"layers.{index}.{axis}": values.contiguous() for index, scores in enumerate(self.layers)
                    for axis, values in scores.items()}
+        tensors |= {f"shared.{axis}": values.contiguous() for axis, values in self.shared.items()}
         facts["digest"] = _digest(facts, tensors)
         write_atomically(Path(path), save(tensors, {"shedder": json.dumps(facts)}))
 
@@ -100,18 +114,20 @@ class Scores:
                 or not isinstance(facts.get("comparable"), bool) or not isinstance(provenance, dict)):
             raise ScoresError(f"has the facts {facts}; accepted: family, layers, comparable and provenance")
         layers: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        shared: dict[str, Tensor] = {}
+        known = {f"shared.{axis}": (shared, axis) for axis in SHARED} | {
+            f"layers.{index}.{axis}": (layers[index], axis) for index in range(count) for axis in AXES[family]}
         for name, values in tensors.items():
-            head, _, rest = name.partition(".")
-            index, _, axis = rest.partition(".")
-            if head != "layers" or not index.isdecimal() or int(index) >= count or axis not in AXES[family]:
+            if name not in known:
                 raise ScoresError(f"has the tensor {name!r}; accepted: layers.N.AXIS with N < {count} and an axis of "
-                                  f"{AXES[family]}")
+                                  f"{AXES[family]}, and shared.AXIS with an axis of {SHARED}")
             if values.dtype != torch.float64 or not values.isfinite().all():
                 raise ScoresError(f"{name} is {values.dtype}; accepted: finite float64")
-            layers[int(index)][axis] = values
+            scores, axis = known[name]
+            scores[axis] = values
         if facts.get("digest") != _digest({name: facts[name] for name in facts if name != "digest"}, tensors):
             raise ScoresError("is not what was written: its digest differs")
-        return cls(family, tuple(layers), facts["comparable"], provenance)
+        return cls(family, tuple(layers), facts["comparable"], provenance, shared)
 
 
 def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -128,20 +144,22 @@ def combined(parts: Mapping[str, Scores]) -> Scores:
     first = methods[0]
     layers = tuple({axis: scores.layers[index][axis] for axis, scores in parts.items() if axis in scores.layers[index]}
                    for index in range(len(first.layers)))
+    shared = {axis: scores.shared[axis] for axis, scores in parts.items() if axis in scores.shared}
     return Scores(first.family, layers, len(methods) == 1 and first.comparable,
-                  {axis: scores.provenance for axis, scores in parts.items()} if len(methods) > 1 else first.provenance)
+                  {axis: scores.provenance for axis, scores in parts.items()} if len(methods) > 1
+                  else first.provenance, shared)
 
 
-def with_groups(config: ModelConfig, layers: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def with_groups(config: ModelConfig, found: Found) -> Found:
     """Scores of B/C groups too, where a method has none of its own: the sum over the heads or channels of a group."""
-    found = []
-    for layout, scores in zip(config.layers, layers, strict=True):
+    found = dict(found)
+    for index, layout in enumerate(config.layers):
+        scores = found[index]
         units = scores.get("head", scores.get("channel"))
         groups = group_of(layout)
         if units is not None and max(groups, default=0) > 0 and "group" not in scores:
             sums = torch.zeros(max(groups) + 1, dtype=units.dtype, device=units.device)
-            scores = {**scores, "group": sums.index_add(0, torch.tensor(groups, device=units.device), units)}
-        found.append(scores)
+            found[index] = {**scores, "group": sums.index_add(0, torch.tensor(groups, device=units.device), units)}
     return found
 
 
