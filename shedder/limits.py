@@ -204,13 +204,19 @@ def work_left(op: str, small: Shape, dense: Shape, on: Machine, element: int = 2
     return work(op, small, element, state).total(on) / work(op, dense, element, state).total(on)
 
 
+def mlp_gate(tokens: int, channels: int, element: int = 2) -> Work:
+    """silu(gate) times value, of the channels beside an SSM (d_ssm < d_inner)."""
+    return Work(bytes=3 * tokens * channels * element, exps=SILU_EXPS * tokens * channels)
+
+
 def layer_work(layout: LayerLayout, batch: int, length: int, element: int = 2, state: int = 4) -> Work:
     """The work of one layer's mixer, projections excluded: `length` tokens of prefill, or a decode step when 1."""
     if isinstance(layout, RemovedBlock):
         return Work()
     shape: dict[str, Any] = {"B": batch, "L": length, "width": layout.conv_width}
     if isinstance(layout, RemovedSSM):
-        return removed_ssm(shape | {"H": layout.nheads, "P": layout.headdim}, element, state)
+        beside = mlp_gate(batch * length, layout.mlp_channels, element)
+        return beside + removed_ssm(shape | {"H": layout.nheads, "P": layout.headdim}, element, state)
     if isinstance(layout, ScanLayout):
         shape |= {"D": layout.d_inner, "N": layout.dstate, "G": layout.ngroups, "channels": layout.conv_channels}
         if length == 1:
@@ -218,4 +224,5 @@ def layer_work(layout: LayerLayout, batch: int, length: int, element: int = 2, s
         return conv1d(shape, element) + selective_scan(shape, element)
     assert isinstance(layout, SSDLayout)
     shape |= {"H": layout.nheads, "P": layout.headdim, "N": layout.dstate, "G": layout.ngroups}
-    return step_mixer(shape, element, state) if length == 1 else mamba2_inner(shape, element)
+    inner = step_mixer(shape, element, state) if length == 1 else mamba2_inner(shape, element)
+    return inner + mlp_gate(batch * length, layout.mlp_channels, element)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from shedder import limits
 from shedder.layout import RemovedBlock, RemovedSSM, ScanLayout, SSDLayout
 from shedder.limits import H200, Machine, Work
+from shedder.nn import LanguageModel, ModelConfig
+from shedder.prune.size import layer_flops
 
 SSD_DENSE = {"B": 8, "L": 2048, "H": 80, "P": 64, "N": 128, "G": 1}
 
@@ -96,6 +101,44 @@ def test_a_layer_is_measured_through_its_layout():
     scan = ScanLayout(d_inner=512, dstate=16, dt_rank=16)
     assert limits.layer_work(scan, 8, 2048).exps > limits.layer_work(scan, 8, 1024).exps
     assert 0 < limits.layer_work(scan, 8, 1).bytes < limits.layer_work(scan, 8, 2).bytes * 100
+
+
+class Counted(TorchDispatchMode):
+    """Elements that pass a SiLU, and that in_proj writes and out_proj reads, while a mixer runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.silu = self.products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.silu.default:
+            self.silu += out.numel()
+        elif function is torch.ops.aten.mm.default:    # in_proj's output, out_proj's input
+            self.products += max(out.numel(), args[0].numel())
+        return out
+
+
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("length", [1, 24])
+def test_channels_beside_the_ssm_count_what_their_modules_do(removed, length):
+    """A layer with 20 of them against one without: elements counted while both run, and the flops of their products."""
+    work, counted, flops, sizes = [], [], [], []
+    for beside in (20, 0):
+        layout = (RemovedSSM(nheads=2, headdim=4, mlp_channels=beside) if removed else
+                  SSDLayout(headdim=4, dstate=3, ngroups=1, head_to_group=(0, 0), mlp_channels=beside))
+        config = ModelConfig("mamba2", d_model=6, vocab_size=8, layers=(layout,))
+        mixer = LanguageModel(config).layers[0].mixer
+        with Counted() as seen, FlopCounterMode(display=False) as counter:
+            mixer(torch.randn(2, length, 6))           # with gradients: without, F.linear is no product that one sees
+        work.append(limits.layer_work(layout, 2, length, element=4))
+        counted.append(seen)
+        flops.append(counter.get_total_flops())
+        sizes.append(layer_flops(config, layout))
+    assert work[0].bytes - work[1].bytes == 4 * (counted[0].products - counted[1].products) == 4 * 2 * length * 3 * 20
+    assert work[0].exps - work[1].exps == counted[0].silu - counted[1].silu == 2 * length * 20
+    assert work[0].flops == work[1].flops
+    assert flops[0] - flops[1] == 2 * length * (sizes[0] - sizes[1]) > 0
 
 
 def test_unknown_names_are_refused():
