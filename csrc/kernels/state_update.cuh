@@ -9,15 +9,16 @@
 //   kTied (Mamba-2, one dt and A for a head): the rows of a task are kRows places of P, so that B, C and the one
 //   exponential serve them all.
 //   Else (Mamba-1): they are kRows rows of the batch, so that A is read once for them.
-// state_update_channels: Mamba-1 with one group and at most 16 states. A thread owns all states of a channel in kRows
-//   rows of the batch, so that what a channel costs besides its states is paid once, and A is read once for the rows.
-//   States pass through shared memory, between which and global memory a CTA moves whole words, whatever their number.
+// state_update_channels: Mamba-1 with one group and at most 16 states. A warp owns 32 channels and walks over rows of the
+//   batch, a thread has all states of a channel: A is read once, and the states of the next kStepDepth rows are on their
+//   way into shared memory, between which and global memory the warp moves whole words, whatever N is.
 // Bound: bytes of the state.
 
 #pragma once
 
 #include "kernels/copy_async.cuh"
 #include "kernels/pointwise.cuh"
+#include "kernels/row_vectors.cuh"
 
 namespace shedder {
 
@@ -34,7 +35,7 @@ struct StateUpdateParams {
     StepStrides state_strides, x_strides, dt_strides, z_strides, A_strides;      // A_strides.batch is unused
     int64_t state_n_stride, A_n_stride, B_batch_stride, B_group_stride, B_n_stride, C_batch_stride, C_group_stride,
         C_n_stride, D_head_stride, D_place_stride, bias_head_stride, bias_place_stride, map_stride, slots_stride;
-    int batch, heads, headdim, dstate, lanes;
+    int batch, heads, headdim, dstate, lanes, rows;          // rows: of the batch, that one warp walks over
     bool dt_softplus, group_per_place;                       // Mamba-1 with groups: the map numbers places
 };
 
@@ -182,117 +183,141 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
 }
 
 constexpr int kChannelStates = 16;
+constexpr int kStepDepth = 4;                                // rows of the batch on their way
 
-// kWidth states are one access to shared memory. Rows of states are adjacent, those of a slot on the 16-byte grid.
-template <typename Input, typename State, int kWidth, int kRows>
-__global__ void __launch_bounds__(kStepThreads) state_update_channels(const __grid_constant__ StateUpdateParams p) {
-    constexpr int kStates = kChannelStates, kAWidth = kWidth > 1 ? 4 : 1;
-    static_assert(kRows * 2 * kStates <= kStepThreads);
-    __shared__ float4 shared[kRows][2][kStates / 4];         // B and C of each row
-    __shared__ uint4 tile[kRows][kStepThreads * kStates * sizeof(State) / 16];
-    const int first = blockIdx.y * kRows, first_place = blockIdx.x * kStepThreads, place = first_place + threadIdx.x;
-    const int elements = min(p.headdim - first_place, kStepThreads) * p.dstate;
-    constexpr int kWord = 16 / sizeof(State);
-    const bool exists = place < p.headdim;
-    const int d = min(place, p.headdim - 1);                 // who has no channel reads the last one and writes nothing
+// kStates is N, a multiple of 4, or 0: any N up to kChannelStates. Rows of states are adjacent, those of a slot on the
+// 16-byte grid. dt is of the type of x.
+template <typename Input, typename State, int kExact>
+__global__ void __launch_bounds__(kStepThreads, sizeof(State) == 4 ? 5 : 6) state_update_channels(
+    const __grid_constant__ StateUpdateParams p) {
+    constexpr int kStates = kExact ? kExact : kChannelStates, kWord = 16 / sizeof(State);
+    constexpr int kWidth = !kExact ? 1 : kStates % kWord == 0 ? kWord : 4;   // of an access to shared memory
+    constexpr int kAWidth = kExact ? 4 : 1, kWords = 32 * kStates / kWord;   // kWords: of a row of the warp
+    using Bits = std::conditional_t<sizeof(Input) == 4, uint32_t, uint16_t>;
+    using Access = StepVector<State, kWidth>;
+    __shared__ uint4 tiles[kStepThreads / 32 * kStepDepth * kWords];
+    __shared__ float shared[kStepThreads / 32][2][kChannelStates];         // B and C
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_place = (blockIdx.x * (kStepThreads / 32) + warp) * 32;
+    if (first_place >= p.headdim) return;                    // the whole warp
+    const int dstate = kExact ? kExact : p.dstate;
+    const bool exists = first_place + lane < p.headdim;
+    const int d = exists ? first_place + lane : p.headdim - 1;             // who has no channel reads the last one
+    const int elements = min(p.headdim - first_place, 32) * dstate;
+    int words = elements / kWord, own_offset = (d - first_place) * dstate;
+    const int first = blockIdx.y * p.rows;
+    int end = min(first + p.rows, p.batch);
 
-    int64_t b[kRows], slot[kRows];
+    const auto slot_of = [&](int row) { return p.slots == nullptr ? row : p.slots[row * p.slots_stride]; };
+    State *states_of_slot_0 = static_cast<State *>(p.state) + int64_t{first_place} * dstate + lane * kWord;
+    int place = warp * kStepDepth * kWords + lane;           // this lane's first word in the ring
+    asm volatile("" : "+r"(words), "+r"(own_offset), "+r"(end), "+l"(states_of_slot_0));   // kept, not computed again
+    const auto request = [&](int row, int place) {
+        const int slot = row < end ? slot_of(row) : -1;
+        if (slot >= 0) {
+            const State *from = states_of_slot_0 + slot * p.state_strides.batch;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) slot[r] = b[r] = min(first + r, p.batch - 1);
-    if (p.slots != nullptr) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) slot[r] = p.slots[b[r] * p.slots_stride];
-    }
-    State *from[kRows];                                      // of the CTA
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-        from[r] = static_cast<State *>(p.state) + max(slot[r], int64_t{0}) * p.state_strides.batch
-            + int64_t{first_place} * p.dstate;
-        for (int i = threadIdx.x; i < elements / kWord; i += kStepThreads) copy_async(tile[r] + i, from[r] + i * kWord);
-        for (int i = elements / kWord * kWord + threadIdx.x; i < elements; i += kStepThreads)
-            reinterpret_cast<State *>(tile[r])[i] = from[r][i];
-    }
-    Input x[kRows], z[kRows];
-    float dt[kRows], A[kStates], skip = 0.f, bias = 0.f;
-    {                                                        // thread (r, B or C, n)
-        const int n = threadIdx.x % kStates, of_c = threadIdx.x / kStates % 2, r = threadIdx.x / (2 * kStates);
-        if (r < kRows) {
-            const int64_t batch = min(first + r, p.batch - 1);
-            const Input *from = of_c ? static_cast<const Input *>(p.C) + batch * p.C_batch_stride + n * p.C_n_stride
-                                     : static_cast<const Input *>(p.B) + batch * p.B_batch_stride + n * p.B_n_stride;
-            reinterpret_cast<float *>(shared[r][of_c])[n] = n < p.dstate ? to_float(*from) : 0.f;
+            for (int i = 0; i < kWords; i += 32)
+                if (i + lane < words) copy_async(tiles + place + i, from + i * kWord);
+#pragma unroll 1
+            for (int i = words * kWord; i + lane < elements; i += 32)
+                reinterpret_cast<State *>(tiles + place - lane)[i + lane] = from[i - lane * (kWord - 1)];
         }
-    }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-        x[r] = static_cast<const Input *>(p.x)[b[r] * p.x_strides.batch + d * p.x_strides.place];
-        z[r] = from_float<Input>(0.f);
-    }
-    if (p.z != nullptr) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-            z[r] = static_cast<const Input *>(p.z)[b[r] * p.z_strides.batch + d * p.z_strides.place];
-    }
-    p.dt.visit([&](auto *from) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) dt[r] = to_float(from[b[r] * p.dt_strides.batch + d * p.dt_strides.place]);
-    });
+    for (int ahead = 0; ahead < kStepDepth; ++ahead) request(first + ahead, place + ahead * kWords);
+
+    Bits x{}, z{}, dt{}, BC{};                               // of the next row
+    const int n = lane % kChannelStates;
+    const bool of_B = lane < kChannelStates, is_state = n < dstate;
+    const int own_n = min(n, dstate - 1);
+    const Input *next_x = static_cast<const Input *>(p.x) + first * p.x_strides.batch + d * p.x_strides.place;
+    const Input *next_dt = static_cast<const Input *>(p.dt.data) + first * p.dt_strides.batch + d * p.dt_strides.place;
+    const Input *next_z = p.z == nullptr ? next_x            // read, not used
+        : static_cast<const Input *>(p.z) + first * p.z_strides.batch + d * p.z_strides.place;
+    const Input *next_BC = of_B ? static_cast<const Input *>(p.B) + first * p.B_batch_stride + own_n * p.B_n_stride
+                                : static_cast<const Input *>(p.C) + first * p.C_batch_stride + own_n * p.C_n_stride;
+    const int64_t BC_stride = of_B ? p.B_batch_stride : p.C_batch_stride;
+    const auto fetch = [&](bool row_exists) {
+        load_if(row_exists, x, next_x);
+        load_if(row_exists, z, next_z);
+        load_if(row_exists, dt, next_dt);
+        load_if(row_exists, BC, next_BC);
+        next_x += p.x_strides.batch;
+        next_z += p.z_strides.batch;                         // 0 without z
+        next_dt += p.dt_strides.batch;
+        next_BC += BC_stride;
+    };
+    fetch(true);
+    float A[kStates], skip = 0.f, bias = 0.f;
     const float *A_row = p.A + d * p.A_strides.place;
 #pragma unroll
     for (int a = 0; a < kStates / kAWidth; ++a) {
         StepVector<float, kAWidth> part{};
-        if (a * kAWidth < p.dstate)
+        if (a * kAWidth < dstate)
             part = *reinterpret_cast<const StepVector<float, kAWidth> *>(A_row + a * kAWidth * p.A_n_stride);
 #pragma unroll
         for (int i = 0; i < kAWidth; ++i) A[a * kAWidth + i] = part.at[i];
     }
     if (p.D != nullptr) skip = p.D[d * p.D_place_stride];
     if (p.dt_bias != nullptr) bias = p.dt_bias[d * p.bias_place_stride];
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) A[i] *= kLog2e;
 
-#pragma unroll
-    for (int n = 0; n < kStates; ++n) A[n] *= kLog2e;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-        float step = dt[r] + bias;
+    const auto typed = [](const Bits &bits) { return to_float(reinterpret_cast<const Input &>(bits)); };
+    Input *y = static_cast<Input *>(p.y) + int64_t{first} * p.headdim + d;
+    const int last_place = place + (kStepDepth - 1) * kWords;
+#pragma unroll 1
+    for (int row = first; row < end; ++row) {
+        float step = typed(dt) + bias;
         if (p.dt_softplus) step = fast_softplus(step);
-        const float current = to_float(x[r]), input = step * current;
-        using Access = StepVector<State, kWidth>;
-        Access *own = reinterpret_cast<Access *>(reinterpret_cast<State *>(tile[r]) + (d - first_place) * p.dstate);
+        const float current = typed(x), input = step * current, gate = typed(z);
+        shared[warp][0][lane] = is_state ? typed(BC) : 0.f;
+        fetch(row + 1 < end);
+        asm volatile("cp.async.wait_group %0;" :: "n"(kStepDepth - 1) : "memory");
+        __syncwarp();
+
+        Access *own = reinterpret_cast<Access *>(reinterpret_cast<State *>(tiles + place - lane) + own_offset);
         Access states[kStates / kWidth];
 #pragma unroll
-        for (int a = 0; a < kStates / kWidth; ++a)
-            if (a * kWidth < p.dstate) states[a] = own[a];
+        for (int a = 0; a < kStates / kWidth; ++a) states[a] = a * kWidth < dstate ? own[a] : Access{};
         float sum = skip * current;
 #pragma unroll
         for (int a = 0; a < kStates / 4; ++a) {
-            const float4 B = shared[r][0][a], C = shared[r][1][a];
+            const float4 B = reinterpret_cast<const float4 *>(shared[warp][0])[a];
+            const float4 C = reinterpret_cast<const float4 *>(shared[warp][1])[a];
             const float B_at[4] = {B.x, B.y, B.z, B.w}, C_at[4] = {C.x, C.y, C.z, C.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int n = a * 4 + i;
-                State &state = states[n / kWidth].at[n % kWidth];
-                const float h = fmaf(fast_exp2(step * A[n]), to_float(state), input * B_at[i]);
-                if (n < p.dstate) sum = fmaf(C_at[i], h, sum);
+            for (int i = 0; i < 4; ++i) {                    // beyond N all is 0
+                State &state = states[(a * 4 + i) / kWidth].at[(a * 4 + i) % kWidth];
+                const float h = fmaf(fast_exp2(step * A[a * 4 + i]), to_float(state), input * B_at[i]);
+                sum = fmaf(C_at[i], h, sum);
                 state = from_float<State>(h);
             }
         }
+        const int slot = slot_of(row);
+        if (p.z != nullptr) sum *= silu_for<Input>(gate);
+        if (exists) {
 #pragma unroll
-        for (int a = 0; a < kStates / kWidth; ++a)
-            if (exists && a * kWidth < p.dstate) own[a] = states[a];
-        if (!exists || first + r >= p.batch) continue;
-        if (p.z != nullptr) sum *= silu_for<Input>(to_float(z[r]));
-        static_cast<Input *>(p.y)[b[r] * p.headdim + d] = from_float<Input>(slot[r] < 0 ? 0.f : sum);
-    }
-    __syncthreads();
+            for (int a = 0; a < kStates / kWidth; ++a)
+                if (a * kWidth < dstate) own[a] = states[a];
+            *y = from_float<Input>(slot < 0 ? 0.f : sum);
+        }
+        y += p.headdim;
+        __syncwarp();
+        if (slot >= 0) {
+            State *to = states_of_slot_0 + slot * p.state_strides.batch;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-        if (first + r >= p.batch || slot[r] < 0) continue;
-        for (int i = threadIdx.x; i < elements / kWord; i += kStepThreads)
-            *reinterpret_cast<uint4 *>(from[r] + i * kWord) = tile[r][i];
-        for (int i = elements / kWord * kWord + threadIdx.x; i < elements; i += kStepThreads)
-            from[r][i] = reinterpret_cast<const State *>(tile[r])[i];
+            for (int i = 0; i < kWords; i += 32)
+                if (i + lane < words) *reinterpret_cast<uint4 *>(to + i * kWord) = tiles[place + i];
+#pragma unroll 1
+            for (int i = words * kWord; i + lane < elements; i += 32)
+                to[i - lane * (kWord - 1)] = reinterpret_cast<const State *>(tiles + place - lane)[i + lane];
+        }
+        __syncwarp();                                        // read before the next row comes in
+        request(row + kStepDepth, place);
+        place = place == last_place ? last_place - (kStepDepth - 1) * kWords : place + kWords;
     }
 }
 

@@ -1,5 +1,7 @@
 // Launcher of the decode step: checks, threads for a row of states, the width of accesses, launch.
 
+#include <algorithm>
+
 #include "kernels/state_update.cuh"
 #include "ops/cuda_arguments.h"
 #include "ops/cuda_launchers.h"
@@ -32,11 +34,21 @@ void launch_step(StateUpdateParams &p, bool tied, cudaStream_t stream) {
         state_update_step<Input, State, kWidth, kRows, false><<<blocks, kStepThreads, 0, stream>>>(p);
 }
 
-template <typename Input, typename State, int kWidth>
-void launch_channels(const StateUpdateParams &p, cudaStream_t stream) {
-    constexpr int kRows = kWidth == 1 ? 1 : 2;               // single states take a register each
-    const dim3 blocks((p.headdim + kStepThreads - 1) / kStepThreads, (p.batch + kRows - 1) / kRows);
-    state_update_channels<Input, State, kWidth, kRows><<<blocks, kStepThreads, 0, stream>>>(p);
+// Rows of the batch for a CTA: so many that all CTAs run at once, where that is possible.
+template <typename Input, typename State, int kExact>
+void launch_channels(StateUpdateParams &p, int32_t device, cudaStream_t stream) {
+    const auto kernel = state_update_channels<Input, State, kExact>;
+    static int64_t slots = 0;                                // CTAs that run at once; asking takes longer than a launch
+    if (slots == 0) {
+        int multiprocessors = 0, resident = 0;
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kStepThreads, 0);
+        slots = int64_t{std::max(resident, 1)} * multiprocessors;
+    }
+    const int64_t tiles = (p.headdim + kStepThreads - 1) / kStepThreads;
+    p.rows = static_cast<int>((p.batch * tiles + slots - 1) / slots);
+    const dim3 blocks(static_cast<unsigned>(tiles), (p.batch + p.rows - 1) / p.rows);
+    kernel<<<blocks, kStepThreads, 0, stream>>>(p);
 }
 
 }  // namespace
@@ -137,8 +149,8 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
         && (tied || (p.A_n_stride == 1 && on_grid(p.A, 4, {p.A_strides.head, p.A_strides.place})));
     const bool wide = vectors && dstate % (16 / state_size) == 0 && p.state_n_stride == 1
         && on_grid(p.state, state_size, {p.state_strides.batch, p.state_strides.head, p.state_strides.place});
-    const bool channels = heads == 1 && groups == 1 && !tied && dstate <= kChannelStates && p.state_n_stride == 1
-        && p.state_strides.place == dstate && batch < (int64_t{1} << 16)
+    const bool channels = heads == 1 && groups == 1 && !tied && dt.scalar_type() == dtype && dstate <= kChannelStates
+        && p.state_n_stride == 1 && p.state_strides.place == dstate && batch < (int64_t{1} << 16)
         && on_grid(p.state, state_size, {state.size(0) > 1 ? p.state_strides.batch : 0});
     const bool fours = dstate % 4 == 0 && p.A_n_stride == 1 && on_grid(p.A, 4, {p.A_strides.place});
 
@@ -148,12 +160,16 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
         with_type(kStepOp, state.scalar_type(), [&](auto *kept) {
             using Input = std::remove_pointer_t<decltype(input)>;
             using State = std::remove_pointer_t<decltype(kept)>;
-            constexpr int kWidest = 16 / sizeof(State);
-            if (channels && fours && dstate % kWidest == 0) return launch_channels<Input, State, kWidest>(p, stream);
-            if constexpr (kWidest > 4)
-                if (channels && fours) return launch_channels<Input, State, 4>(p, stream);
-            if (channels) return launch_channels<Input, State, 1>(p, stream);
-            if (wide) return launch_step<Input, State, kWidest>(p, tied, stream);
+            if (channels) {
+                switch (fours ? dstate : 0) {
+                    case 4: return launch_channels<Input, State, 4>(p, arguments.device, stream);
+                    case 8: return launch_channels<Input, State, 8>(p, arguments.device, stream);
+                    case 12: return launch_channels<Input, State, 12>(p, arguments.device, stream);
+                    case 16: return launch_channels<Input, State, 16>(p, arguments.device, stream);
+                    default: return launch_channels<Input, State, 0>(p, arguments.device, stream);
+                }
+            }
+            if (wide) return launch_step<Input, State, 16 / sizeof(State)>(p, tied, stream);
             launch_step<Input, State, 1>(p, tied, stream);
         });
     });
