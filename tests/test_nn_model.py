@@ -346,7 +346,8 @@ def test_a_state_of_another_batch_is_refused():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"d_model": 0}, "d_model is 0"), ({"vocab_size": "many"}, "vocab_size is 'many'"),
-    ({"norm_eps": -1.0}, "norm_eps"), ({"tie_embeddings": 1}, "tie_embeddings is 1"),
+    ({"norm_eps": -1.0}, "norm_eps"), ({"norm_scale": 0.0}, "norm_scale is 0.0"),
+    ({"tie_embeddings": 1}, "tie_embeddings is 1"),
     ({"dt_limit": (0.2, 0.1)}, "dt_limit"), ({"layers": SCAN_LAYERS}, r"layers\[0\] is a scan layout"),
 ])
 def test_configs_that_no_model_has_are_refused(change, message):

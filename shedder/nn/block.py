@@ -27,7 +27,7 @@ class Block(nn.Module):
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = RMSNorm(config.d_model, config.norm_eps, device, dtype)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm_scale, device, dtype)
         self.mixer = mixer
 
     def forward(self, hidden: Tensor, residual: Tensor | None, state: LayerState | None = None

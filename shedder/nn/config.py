@@ -24,6 +24,7 @@ class ModelConfig:
     vocab_size: int                                     # rows of the embedding, padding included
     layers: tuple[LayerLayout, ...]
     norm_eps: float = 1e-5                              # of the norms before each block and at the end
+    norm_scale: float = 1.0                             # of their weights; not in them, where bf16 would round it
     tie_embeddings: bool = True
     residual_in_fp32: bool = True
     conv_bias: bool = True
@@ -53,6 +54,8 @@ class ModelConfig:
                 raise LayoutError(f"{name} is {getattr(self, name)!r}; accepted: true or false")
         if not isinstance(self.norm_eps, float) or not 0 <= self.norm_eps < 1:
             raise LayoutError(f"norm_eps is {self.norm_eps!r}; accepted: a float in [0, 1)")
+        if not isinstance(self.norm_scale, float) or not 0 < self.norm_scale < math.inf:
+            raise LayoutError(f"norm_scale is {self.norm_scale!r}; accepted: a float above 0")
         low, high = self.dt_limit
         if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 <= low <= high):
             raise LayoutError(f"dt_limit is {self.dt_limit!r}; accepted: two numbers, 0 <= low <= high")
@@ -71,9 +74,9 @@ class ModelConfig:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelConfig:
         names = {field.name for field in fields(cls)}
-        if set(data) != names:
+        values = {"norm_scale": 1.0} | data             # the first files do not have it
+        if set(values) != names:
             raise LayoutError(f"model config has fields {sorted(data)}; accepted: exactly {sorted(names)}")
-        values = dict(data)
         if not isinstance(values["layers"], list):
             raise LayoutError(f"layers is {values['layers']!r}; accepted: a list of layouts")
         layers = []

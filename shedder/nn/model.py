@@ -28,7 +28,7 @@ class Backbone(nn.Module):
         self.embedding = nn.utils.skip_init(nn.Embedding, config.vocab_size, config.d_model, device=device,
                                             dtype=dtype)
         self.layers = nn.ModuleList(build_block(config, index, device, dtype) for index in range(len(config.layers)))
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps, device, dtype)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps, config.norm_scale, device, dtype)
 
 
 class LanguageModel(nn.Module):

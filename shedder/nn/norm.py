@@ -6,20 +6,24 @@ import torch
 from torch import Tensor, nn
 
 from shedder.layout import NormSegment
+from shedder.nn.precision import wide_dtype
 from shedder.ops import rmsnorm_fn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight. Reads the (fp32) residual, returns the dtype of its weight."""
+    """x / rms(x) * weight * scale. Reads the (fp32) residual, returns the dtype of its weight."""
 
-    def __init__(self, channels: int, eps: float, device: torch.device | None = None,
+    def __init__(self, channels: int, eps: float, scale: float, device: torch.device | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self.eps = eps
+        self.eps, self.scale = eps, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return rmsnorm_fn(x, self.weight, None, eps=self.eps).to(self.weight.dtype)
+        weight: Tensor = self.weight
+        if self.scale != 1.0:
+            weight = weight.to(wide_dtype(weight.dtype)) * self.scale
+        return rmsnorm_fn(x, weight, None, eps=self.eps).to(self.weight.dtype)
 
 
 class GatedRMSNorm(nn.Module):

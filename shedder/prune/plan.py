@@ -97,10 +97,15 @@ class Plan:
         return self.with_kept_d_model(config)
 
     def with_kept_d_model(self, config: ModelConfig) -> ModelConfig:
-        """The config with the residual stream that stays; as in gated norms, exact repair scales eps."""
+        """The config with the residual stream that stays.
+
+        As in gated norms, exact repair scales weights and eps. The weights' factor is kept apart from them: it is one
+        for all, and bf16 weights that are all alike, as before training, would all round it the same way.
+        """
         kept = config.d_model - len(self.d_model)
         ratio = config.d_model / kept if self.norm_repair == "exact" else 1.0
-        return replace(config, d_model=kept, norm_eps=config.norm_eps * ratio)
+        return replace(config, d_model=kept, norm_eps=config.norm_eps * ratio,
+                       norm_scale=config.norm_scale * ratio ** 0.5)
 
     # ---- plans from plans
 

@@ -94,6 +94,8 @@ def _factor(norm_repair: str, kept: Sequence[int], every: Sequence[int], squares
 
 
 def _stream_factor(plan: Plan, config: ModelConfig, squares: Tensor | None) -> float:
+    if plan.norm_repair == "exact":                    # ModelConfig.norm_scale has it
+        return 1.0
     return _factor(plan.norm_repair, rest(config.d_model, plan.d_model), range(config.d_model), squares)
 
 
