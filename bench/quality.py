@@ -68,6 +68,11 @@ TABLES = {
     "states, half of the decode state": Table({"state": 0.5}, ["state"], [
         *one_shot("magnitude", "contribution", "taylor1", "taylor2", "ghost", "delta", "hinf", "perplexity", bundle=1),
         Case("greedy", {"rescore": 4})]),
+    "d_model, 85 % of the parameters": Table({"params": 0.85}, ["d_model"], [
+        *one_shot("magnitude", "activation", "contribution", "taylor1", "taylor2", "perplexity", bundle=8),
+        Case("greedy", {"bundle": 8}),
+        Case("contribution, out_proj refitted", {"method": "one-shot", "score": "contribution", "bundle": 8,
+                                                 "repairs": ["out_proj"]})]),
     "all axes, 65 % of the parameters": Table({"params": 0.65}, ["block", "ssm", "head", "state"], [
         *one_shot("taylor1", "taylor2", "perplexity"),
         Case("greedy", {"rescore": 4}),
@@ -143,12 +148,13 @@ def fill(path: Path) -> None:
 
 def tables() -> str:
     """Perplexities by case and model, a table for each budget, as markdown."""
-    rows = {(row["table"], row["case"], row["model"]): row["perplexity"]
-            for row in json.loads(RESULT.read_text())["rows"]}
+    written = json.loads(RESULT.read_text())["rows"]
+    rows = {(row["table"], row["case"], row["model"]): row["perplexity"] for row in written}
+    rows |= {(row["table"], "dense", row["model"]): row["dense_perplexity"] for row in written}
     parts = []
     for name, table in TABLES.items():
         lines = [f"| {name} | Mamba-2 | Mamba-1 |", "| --- | --- | --- |"]
-        for case in table.cases:
+        for case in [Case("dense"), *table.cases]:
             found = [rows.get((name, case.name, model)) for model in ("mamba2", "mamba1")]
             shown = " | ".join("-" if value is None else f"{value:.2f}" for value in found)
             lines.append(f"| {case.name} | {shown} |")

@@ -46,20 +46,19 @@ def _prune(arguments: argparse.Namespace) -> None:
         text = None if arguments.text is None else read_text(arguments.text)
         heldout = None if arguments.heldout is None else read_text(arguments.heldout)
         plan = _plan_of(arguments, model, text)
-        if arguments.round_to:
-            plan = plan.round_to(model.config, _numbers("--round-to", arguments.round_to, int))
         if workers.is_first:
             _apply(arguments, model, plan, text, heldout, stored)
 
 
 def _plan_of(arguments: argparse.Namespace, model: LanguageModel, text: str | None) -> Plan:
     """The given plan, or the one that a search finds."""
+    round_to = _numbers("--round-to", arguments.round_to, int)
     if arguments.plan is not None:
-        return read_plan(arguments.plan, model.config.family)
+        return read_plan(arguments.plan, model.config.family).round_to(model.config, round_to)
     budget = _numbers("--budget", arguments.budget, float)
     scores = _score(arguments.score)
     options: dict[str, Any] = {"bundle": _bundle(arguments.bundle), "group_aware": arguments.group_aware,
-                               "evenly": arguments.evenly, "norm_repair": arguments.norm_repair,
+                               "evenly": arguments.evenly, "round_to": round_to, "norm_repair": arguments.norm_repair,
                                "repairs": arguments.repair}
     if arguments.solve_only and isinstance(scores, Path):
         return solve(model, scores, budget, arguments.axes, **options)
@@ -260,7 +259,7 @@ def add_prune_commands(command: Command) -> None:
     group.add_argument("--solve-only", action="store_true",
                        help="do not run the model: from a --log that reached the budget, or a file of --score")
     group.add_argument("--round-to", nargs="+", default=[], metavar="NAME=N",
-                       help="keep multiples, e.g. heads=8 states=16 d_model=64; removes less")
+                       help="keep multiples, e.g. heads=8 states=16 d_model=64: bundles take more, a --plan less")
     _add_shared(group, is_text_required=False)
 
     scores = command("score", _run_score, "Score units, so that `prune --score FILE` solves any budget in seconds.",
@@ -276,7 +275,8 @@ def add_prune_commands(command: Command) -> None:
                     "shedder plan demo/models/mamba2 plan.json --diff other.json", runs_model=False)
     plans.add_argument("plan", type=Path, help="JSON file; Mamba-Shedder's pruning_config.json too")
     plans.add_argument("--diff", type=Path, metavar="OTHER", help="what OTHER removes more (+) and less (-)")
-    plans.add_argument("--round-to", nargs="+", default=[], metavar="NAME=N", help="as of prune")
+    plans.add_argument("--round-to", nargs="+", default=[], metavar="NAME=N",
+                       help="give units back until what stays is a multiple, e.g. heads=8 states=16")
     plans.add_argument("--out", type=Path, help="write the plan as JSON, e.g. after --round-to")
 
 

@@ -418,6 +418,31 @@ def test_groups_that_are_alike_are_merged_first_and_cost_nothing(tmp_path):
     assert not math.isclose(events[1]["loss"], unequal, rel_tol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["greedy", "one-shot"])
+@pytest.mark.parametrize(("name", "axes", "round_to", "budget"), [
+    ("groups", ["state", "head_channel", "mlp", "d_model"], {"states": 4, "head_channels": 2, "mlp": 4, "d_model": 6},
+     {"params": 0.5, "state": 0.7}),
+    ("mamba1", None, {"channels": 8, "states": 3}, {"params": 0.6})])
+def test_what_stays_is_a_multiple_and_the_budget_is_met(method, name, axes, round_to, budget):
+    options = {"method": method, "round_to": round_to, **SMALL, "bundle": 1}
+    plan = search(model_of(name), TOKENS, budget, axes, **options)
+    config, after = CONFIGS[name], plan.compacted_config(CONFIGS[name])
+    counted = {"states": "dstate", "head_channels": "headdim", "mlp": "mlp_channels", "channels": "d_inner"}
+    changed = set()
+    for before, layout in zip(config.layers, after.layers, strict=True):
+        for field, attribute in counted.items():
+            count = getattr(layout, attribute, 0)
+            if field in round_to and count != getattr(before, attribute, 0):
+                assert count % round_to[field] == 0, field
+                changed.add(field)
+    assert after.d_model == config.d_model or after.d_model % round_to["d_model"] == 0
+    assert changed
+    for measure, share in budget.items():
+        size = {"params": parameter_count, "state": state_bytes}[measure]
+        assert size(after) <= share * size(config)
+    assert plan.provenance["settings"]["round_to"] == round_to
+
+
 def strict(text: str):
     """JSON as the standard has it: without Infinity and NaN."""
     def refuse(constant):
@@ -600,6 +625,9 @@ def test_units_that_do_nothing_go_first():
     ({"method": "magic"}, "method is 'magic'; accepted: one of"),
     ({"score": "magic"}, "score is 'magic'; accepted: one of"),
     ({"score": {"head": "magnitude"}}, r"score names no method for \['state'\]"),
+    ({"round_to": {"taps": 2}}, "round_to has the key 'taps'; accepted: some of"),
+    ({"round_to": {"heads": 0}}, r"round_to\['heads'\] is 0; accepted: an integer >= 1"),
+    ({"round_to": {"heads": 2}, "bundle": None}, r"bundle is None for \['head'\], which round_to has too"),
     ({"axes": ["merge", "head"], "group_aware": True}, "axes has 'merge', which makes groups of unequal numbers"),
     ({"score": "ghost"}, r"method 'ghost' has no scores for \['head'\]; it has \['state'\]"),
     ({"sequences": 0}, "sequences is 0; accepted: an integer >= 1"),

@@ -84,10 +84,12 @@ class Candidates:
 
     bundles[axis]: a share of a layer's units, a number of them, or None: each unit is a candidate of its own. A
     bundle takes the units of the lowest score that are still there, from each row of units as many; one always stays.
+    multiples[axis]: a bundle takes as many more as it needs for what stays of each row to be a multiple.
     """
 
-    def __init__(self, axes: Sequence[Axis], bundles: Mapping[str, Bundle], scores: Scores | None) -> None:
-        self.axes, self.bundles, self.scores = axes, bundles, scores
+    def __init__(self, axes: Sequence[Axis], bundles: Mapping[str, Bundle], scores: Scores | None,
+                 multiples: Mapping[str, int]) -> None:
+        self.axes, self.bundles, self.scores, self.multiples = axes, bundles, scores, multiples
 
     def of_model(self, pruned: Pruned, budget: Budget) -> list[Candidate]:
         """All that bring the model nearer to its budget."""
@@ -135,6 +137,10 @@ class Candidates:
             return
         share = 1 if bundle is None else bundle
         count = min(share if isinstance(share, int) else max(1, round(share * len(rows[0]))), most)
+        if axis.name in self.multiples and count > 0:
+            multiple = self.multiples[axis.name]
+            stays = (len(left[0]) - count) // multiple * multiple
+            count = len(left[0]) - (stays if stays >= axis.keeps else multiple)
         if count > 0:
             yield -1, tuple(sorted(unit for row in self._by_worth(axis, layer, left) for unit in row[:count]))
 

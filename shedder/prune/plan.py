@@ -123,11 +123,7 @@ class Plan:
                 None for d_model. The default brings the lowest numbers back.
         """
         self.validate(config)
-        for name, multiple in multiples.items():
-            if name not in ROUNDED:
-                raise ValueError(f"multiples has the key {name!r}; accepted: some of {ROUNDED}")
-            if not isinstance(multiple, int) or multiple < 1:
-                raise ValueError(f"multiples[{name!r}] is {multiple!r}; accepted: an integer >= 1")
+        check_multiples("multiples", multiples)
 
         def fewer(layer: int | None, name: str, outer: int, removed: Sequence[int], count: int) -> tuple[int, ...]:
             kept = count - len(removed)
@@ -268,6 +264,15 @@ class Plan:
                 raise PlanError(f"layers.{key}{separator}{error}") from error
         return cls(data["family"], layers, data.get("norm_repair", "exact"), dict(data.get("provenance", {})),
                    data.get("d_model", ()), data.get("repairs", ()))
+
+
+def check_multiples(argument: str, multiples: Mapping[str, int]) -> None:
+    """Raises ValueError unless these are fields of a plan that can be rounded, each with a number."""
+    for name, multiple in multiples.items():
+        if name not in ROUNDED:
+            raise ValueError(f"{argument} has the key {name!r}; accepted: some of {ROUNDED}")
+        if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+            raise ValueError(f"{argument}[{name!r}] is {multiple!r}; accepted: an integer >= 1")
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

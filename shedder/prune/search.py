@@ -22,12 +22,12 @@ from shedder.prune.candidates import Bundle, Candidates, Pruned
 from shedder.prune.cost import estimate
 from shedder.prune.greedy import RULES, Greedy, perplexity_or_none
 from shedder.prune.journal import Journal
-from shedder.prune.plan import NORM_REPAIRS, Plan
+from shedder.prune.plan import NORM_REPAIRS, Plan, check_multiples
 from shedder.prune.removal import Removal, together
 from shedder.prune.scores import METHODS, Scores, Sweep, combined, score_rows
 from shedder.prune.solve import WHOLE, take_evenly, take_lowest
 from shedder.prune.trials import Trials, evaluating
-from shedder.prune.units import DEFAULT_AXES, Axis, axes_named
+from shedder.prune.units import AXIS_OF_FIELD, DEFAULT_AXES, Axis, axes_named
 from shedder.text import Tokenizer
 
 SEARCHES = ("greedy", "one-shot")
@@ -40,10 +40,10 @@ Progress = bool | Callable[[dict[str, Any]], None]
 def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Mapping[str, float],
            axes: Sequence[str] | None = None, *, method: str = "greedy", rule: str = "rise_per_size",
            score: Score | None = None, bundle: Bundle | Mapping[str, Bundle] = 0.125, rescore: int | None = None,
-           group_aware: bool = False, evenly: bool | None = None, sequences: int = 16, length: int = 512,
-           batch: int = 8, seed: int = 0, norm_repair: str = "stats", repairs: Sequence[str] = (),
-           tokenizer: Tokenizer | None = None, prefix_cache: bool = True, log: str | Path | None = None,
-           solve_only: bool = False, progress: Progress = True) -> Plan:
+           group_aware: bool = False, evenly: bool | None = None, round_to: Mapping[str, int] | None = None,
+           sequences: int = 16, length: int = 512, batch: int = 8, seed: int = 0, norm_repair: str = "stats",
+           repairs: Sequence[str] = (), tokenizer: Tokenizer | None = None, prefix_cache: bool = True,
+           log: str | Path | None = None, solve_only: bool = False, progress: Progress = True) -> Plan:
     """A plan that meets the budget.
 
     "greedy" removes one thing at a time. Each step scores every candidate (a block, an SSM, or the bundle of the
@@ -77,6 +77,8 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
             head_to_group need it.
         evenly: of one-shot. True takes as much from every layer, False what is worth least wherever it is; the
             default is False if the scores of different layers may be compared. Blocks and SSMs cannot go evenly.
+        round_to: {"channels": 8, "d_model": 64}: what stays of these fields of a plan is a multiple wherever something
+            went, as vector loads and tensor cores like it; bundles take so many units more.
         sequences, length, batch, seed: how many windows of how many tokens are drawn (by the seed) from the text,
             and how many run at once.
         norm_repair, repairs: of every candidate, and of the plan; see Plan. "stats" and all repairs are fitted on the
@@ -105,20 +107,22 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
     if group_aware:
         _check_equal_groups(model.config, chosen)
     bundles = _bundles(bundle, chosen, method)
+    candidates = Candidates(chosen, bundles, None, _multiples(round_to, bundles))
     goal = Budget(budget, model.config, keeps_d_model=not any(axis.shared for axis in chosen))
     rows = calibration_rows(model, text, sequences, length, seed, tokenizer)
     score = score if score is not None else DEFAULT_SCORE[method]
     sweep = Sweep(rows, batch, seed, chosen, norm_repair=norm_repair, repairs=tuple(repairs), progress=progress is True,
                   log=log if method == "one-shot" else None)
     settings = {"method": method, "budget": dict(budget), "axes": [axis.name for axis in chosen], "bundle": bundles,
-                "score": _name(score), "group_aware": group_aware, "norm_repair": norm_repair, "repairs": list(repairs),
-                "seed": seed, "rows": list(rows.shape), "batch": batch}
+                "score": _name(score), "group_aware": group_aware, "round_to": dict(round_to or {}),
+                "norm_repair": norm_repair, "repairs": list(repairs), "seed": seed, "rows": list(rows.shape),
+                "batch": batch}
     if method == "one-shot":
-        scores = _scores(model, score, sweep, chosen, solve_only)
-        return _one_shot(model, goal, Candidates(chosen, bundles, scores), evenly, sweep, settings, solve_only)
+        candidates.scores = _scores(model, score, sweep, chosen, solve_only)
+        return _one_shot(model, goal, candidates, evenly, sweep, settings, solve_only)
     settings |= {"rule": rule, "rescore": rescore}
     trials = Trials(model, sweep, norm_repair, repairs, prefix_cache=prefix_cache, workers=sweep.workers)
-    greedy = Greedy(Pruned(model.config, norm_repair), goal, Candidates(chosen, bundles, None), trials, rule, rescore)
+    greedy = Greedy(Pruned(model.config, norm_repair), goal, candidates, trials, rule, rescore)
     header_budget = list(goal.shares) if len(goal.shares) == 1 else dict(budget)
     journal = Journal(log, {"settings": {**settings, "budget": header_budget}, "tokens": digest([rows]),
                             "model": fingerprint(model)}, sweep.workers)
@@ -131,7 +135,7 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
             if not greedy.met:
                 ranked = [axis for axis in chosen
                           if not (axis.whole or axis.ordered) and bundles[axis.name] is not None]
-                greedy.candidates.scores = _scores(model, score, sweep, ranked, False) if ranked else None
+                candidates.scores = _scores(model, score, sweep, ranked, False) if ranked else None
                 _run(greedy, journal, progress)
         return Plan(model.config.family, greedy.pruned.cuts, norm_repair, {
             "method": "greedy removal by calibration perplexity", "settings": settings,
@@ -143,8 +147,8 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
 
 def solve(model: LanguageModel | ModelConfig, scores: Scores | str | os.PathLike[str], budget: Mapping[str, float],
           axes: Sequence[str] | None = None, *, bundle: Bundle | Mapping[str, Bundle] = 0.125,
-          group_aware: bool = False, evenly: bool | None = None, norm_repair: str = "stats",
-          repairs: Sequence[str] = ()) -> Plan:
+          group_aware: bool = False, evenly: bool | None = None, round_to: Mapping[str, int] | None = None,
+          norm_repair: str = "stats", repairs: Sequence[str] = ()) -> Plan:
     """The plan of a one-shot search() from saved scores, without calibration text and without running the model.
 
     axes: the default is what is scored of search()'s.
@@ -160,11 +164,12 @@ def solve(model: LanguageModel | ModelConfig, scores: Scores | str | os.PathLike
     if group_aware:
         _check_equal_groups(config, chosen)
     bundles = _bundles(bundle, chosen, "one-shot")
-    candidates = Candidates(chosen, bundles, scores)
+    candidates = Candidates(chosen, bundles, scores, _multiples(round_to, bundles))
     goal = Budget(budget, config, keeps_d_model=not any(axis.shared for axis in chosen))
     return _solved(config, goal, candidates, evenly, norm_repair, repairs, {
         "method": "one-shot", "budget": dict(budget), "axes": [axis.name for axis in chosen], "bundle": bundles,
-        "group_aware": group_aware, "norm_repair": norm_repair, "repairs": list(repairs)})
+        "group_aware": group_aware, "round_to": dict(round_to or {}), "norm_repair": norm_repair,
+        "repairs": list(repairs)})
 
 
 def prefix(plan: Plan, steps: int) -> Plan:
@@ -202,6 +207,15 @@ def _bundles(bundle: Bundle | Mapping[str, Bundle], axes: Sequence[Axis], method
             raise ValueError(f"bundle is {one!r}; accepted: a share in (0, 1], a number of units >= 1"
                              + (", or None" if method == "greedy" else ""))
     return bundles
+
+
+def _multiples(round_to: Mapping[str, int] | None, bundles: Mapping[str, Bundle]) -> dict[str, int]:
+    """By axis; of those that are not searched nothing goes."""
+    check_multiples("round_to", round_to or {})
+    multiples = {AXIS_OF_FIELD[name]: multiple for name, multiple in (round_to or {}).items()}
+    if single := [axis for axis in multiples if axis in bundles and bundles[axis] is None]:
+        raise ValueError(f"bundle is None for {single}, which round_to has too; accepted: a share or a number of units")
+    return multiples
 
 
 def _check_equal_groups(config: ModelConfig, axes: Sequence[Axis]) -> None:

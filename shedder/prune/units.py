@@ -264,6 +264,9 @@ def _in_groups(layout: LayerLayout, cut: LayerPlan) -> set[int]:
 
 ALL: tuple[Axis, ...] = (BlockAxis(), SSMAxis(), HeadAxis(), ChannelAxis(), StateAxis(), GroupAxis(), MergeAxis(),
                          HeadChannelAxis(), MLPAxis(), RankAxis(), TapAxis(), StreamAxis())
+# Of the fields of a plan that can be rounded to multiples.
+AXIS_OF_FIELD = {"heads": "head", "channels": "channel", "mlp": "mlp", "states": "state",
+                 "head_channels": "head_channel", "d_model": "d_model"}
 AXES = {family: tuple(axis.name for axis in ALL if family in axis.families) for family in FAMILIES}
 DEFAULT_AXES = {"mamba1": ("block", "ssm", "channel", "state"), "mamba2": ("block", "ssm", "head", "state")}
 
