@@ -23,9 +23,7 @@ import sys
 import time
 from typing import Any
 
-from bench.workloads import TABLES, Workload, workloads
-
-TUNED_OPS = ("ssd", "mamba2_inner")
+from bench.workloads import TABLES, TUNED_OPS, Workload, workloads
 
 
 def first_of_each_key(rows: list[Workload]) -> list[Workload]:
@@ -33,6 +31,16 @@ def first_of_each_key(rows: list[Workload]) -> list[Workload]:
     keys: dict[Any, Workload] = {}
     for row in rows:
         keys.setdefault((row.shape["P"], row.shape["N"], row.dtype), row)
+    return list(keys.values())
+
+
+def first_of_each_compilation(rows: list[Workload]) -> list[Workload]:
+    """One workload for each way in which Triton specialises a variant: what is 1, what divides by 16."""
+    keys: dict[Any, Workload] = {}
+    for row in rows:
+        batch, length, heads = (row.shape[key] for key in "BLH")
+        keys.setdefault((row.op, row.shape["P"], row.shape["N"], row.shape["G"], row.dtype, batch == 1, batch % 16 == 0,
+                         length % 16 == 0, heads % 16 == 0), row)
     return list(keys.values())
 
 
@@ -80,7 +88,8 @@ def main() -> int:
     parser.add_argument("--tables", default="must", help=f"as for pytest bench/: {', '.join(TABLES)}, all")
     options = parser.parse_args()
     tables = TABLES if options.tables == "all" else options.tables.split(",")
-    chosen = first_of_each_key([row for row in workloads(*TUNED_OPS, tables=tables) if row.peer])
+    rows = [row for row in workloads(*TUNED_OPS, tables=tables) if row.peer]
+    chosen = first_of_each_compilation(rows) if keeps_tuning() else first_of_each_key(rows)
     parts = 1 if keeps_tuning() else -(-3 * options.jobs // max(1, len(chosen)))     # small pieces end together
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
