@@ -66,9 +66,9 @@ TOKENS = torch.randint(0, 11, (2, LENGTH), generator=torch.Generator().manual_se
 @torch.no_grad()
 def runs(model: LanguageModel) -> dict[str, torch.Tensor]:
     """Logits of all tokens, by prefill, and by a prompt and then single steps."""
-    state = model.allocate_state(TOKENS.shape[0])
-    steps = [model(TOKENS[:, :PROMPT], state), *(model(TOKENS[:, t:t + 1], state) for t in range(PROMPT, LENGTH))]
-    return {"prefill": model(TOKENS), "prefill then steps": torch.cat(steps, 1)}
+    state, tokens = model.allocate_state(TOKENS.shape[0]), TOKENS.to(model.device)
+    steps = [model(tokens[:, :PROMPT], state), *(model(tokens[:, t:t + 1], state) for t in range(PROMPT, LENGTH))]
+    return {"prefill": model(tokens), "prefill then steps": torch.cat(steps, 1)}
 
 
 def difference(model: LanguageModel, plan: Plan) -> float:

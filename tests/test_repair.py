@@ -136,16 +136,33 @@ KEPT = torch.tensor([c for c in range(16) if c not in CHANNELS.channels])
 TARGETS = torch.cat([KEPT, torch.arange(16, 24)])                      # dt of the channels that stay, B, C
 
 
-def test_dt_bias_restores_the_mean():
+@pytest.mark.parametrize("level", [0.0, -6.0])           # of the bias: a softplus that bends, and an exponential
+@pytest.mark.parametrize("cut", [CHANNELS, LayerPlan(ranks=4), dataclasses.replace(CHANNELS, ranks=4)], ids=str)
+@pytest.mark.parametrize("d_model", [(), (2, 7)])
+def test_dt_bias_restores_a_mean_of_dt_and_brings_the_output_nearer(level, cut, d_model):
     model = random_model(SCAN)
     with torch.no_grad():
-        expected = (projections(model)[:, :16] + model.mixers[0].dt_proj.bias).mean(0)[KEPT]
-        for repairs in (["dt_bias"], ["x_proj", "dt_bias"]):
-            small = repaired(model, CHANNELS, *repairs)
-            got = (projections(small)[:, :11] + small.mixers[0].dt_proj.bias).mean(0)
-            assert (got - expected).abs().max() < 1e-12
-        small = repaired(model, CHANNELS)
-        assert ((projections(small)[:, :11] + small.mixers[0].dt_proj.bias).mean(0) - expected).abs().max() > 0.01
+        model.mixers[0].dt_proj.bias += level
+    kept = KEPT if cut.channels else torch.arange(16)
+    stay = [j for j in range(12) if j not in d_model]
+    expected = activations(model)
+    plan = Plan("mamba1", {0: cut}, d_model=d_model)
+    before = compact(model, plan)
+    after = compact(model, dataclasses.replace(plan, repairs=("dt_bias",)), CALIBRATION)
+    errors = [squares(activations(small)["out"] - expected["out"][:, stay]) for small in (before, after)]
+    assert errors[1] <= errors[0]
+
+    def inverse(dt):
+        return dt.expm1().log()
+
+    dt, old = activations(after)["dt"], expected["dt"][:, kept]
+    shift = (after.mixers[0].dt_proj.bias - before.mixers[0].dt_proj.bias).detach()
+    half = torch.nn.functional.softplus(inverse(dt) + shift)           # once more as far
+    ways = {"none": shift, "behind": dt.mean(0) / old.mean(0) - 1, "before": inverse(dt).mean(0) - inverse(old).mean(0),
+            "half": half.mean(0) / old.mean(0) - 1}
+    assert sum(error.abs().max() < 1e-8 for error in ways.values()) == 1
+    if (cut, level, d_model) == (CHANNELS, 0.0, ()):   # here it does help
+        assert errors[1] < errors[0]
 
 
 def test_x_proj_is_refitted_by_least_squares():

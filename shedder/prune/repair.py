@@ -1,12 +1,13 @@
 """Repairs: new values for what stays, so that it makes up for what goes.
 
-All but one are made in the dense shapes, where units still have their numbers; what remains is slicing.
+The first three are made in the dense shapes, where units still have their numbers; what remains is slicing. The others
+are fitted on what the compacted block does behind the residual stream of the dense model.
 
     norm     weights of a norm that loses channels (Plan.norm_repair)
     gain     D of a removed SSM: the factor of x that comes nearest to y
     x_proj   Mamba-1: least squares from the channels that stay to what x_proj gave; a lower rank of dt is then the
              best one for these activations
-    dt_bias  Mamba-1: the mean that dt loses with its channels
+    dt_bias  Mamba-1: each channel's dt gets back the mean that it had, where that helps the block
     out_proj least squares from what the compacted layer feeds it to what the dense block gave
 """
 
@@ -15,18 +16,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shedder.layout import LayerLayout, RemovedBlock, RemovedSSM, ScanLayout
 from shedder.nn import Mixer
 from shedder.nn.block import Block
 from shedder.nn.config import ModelConfig
+from shedder.nn.mamba1 import Mamba1Mixer
 from shedder.prune.kept import Kept, compacted_layout, kept_segments, rest
 from shedder.prune.layer_plan import LayerPlan, PlanError
 from shedder.prune.plan import Plan
 from shedder.prune.statistics import DenseStatistics, LayerStatistics
 
 _NOT_MEASURED = "repairs lists {0}, the statistics were taken without it; accepted: dense_statistics(..., repairs)"
+NEWTON_STEPS = 12                   # of the bias of dt
 RIDGE = 1e-4                        # share of the mean square that pulls a refit towards the old weights
 
 
@@ -143,10 +147,6 @@ def _repair_scan(tensors: dict[str, Tensor], plan: Plan, cut: LayerPlan, kept: K
         new_dt, new_rows = _low_rank(old_dt[units], new_x[:ranks], kept.ranks, moment)
         new_x = torch.cat([new_rows, new_x[ranks:]])
         new_dt = torch.zeros_like(old_dt).index_copy(0, units, new_dt)
-    if "dt_bias" in plan.repairs:
-        assert layer is not None and layer.x_mean is not None
-        lost = old_dt @ (old_x[:ranks] @ layer.x_mean) - new_dt @ (new_x[:ranks] @ layer.x_mean[units])
-        tensors["mixer.dt_proj.bias"] = tensors["mixer.dt_proj.bias"] + lost.to(tensors["mixer.dt_proj.bias"])
     tensors["mixer.x_proj.weight"] = torch.zeros_like(old_x).index_copy(1, units, new_x).to(
         tensors["mixer.x_proj.weight"])
     tensors["mixer.dt_proj.weight"] = new_dt.to(tensors["mixer.dt_proj.weight"])
@@ -177,27 +177,71 @@ def _ridged(moment: Tensor) -> Tensor:
     return moment + RIDGE * level * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
-# ---- out_proj
+# ---- dt_bias and out_proj, behind the residual stream
 
 @torch.no_grad()
-def refit_out_proj(dense: nn.Module, compacted: nn.Module, index: int, plan: Plan,
-                   statistics: DenseStatistics | None) -> None:
-    """Where the plan asks for it, new out_proj weights of the compacted block, in place.
-
-    Least squares from what the compacted mixer feeds its out_proj to what the dense one put out, both behind the
-    residual stream of the dense model; RIDGE keeps directions that the text does not show at the old weights.
-    """
-    if "out_proj" not in plan.repairs or not isinstance(dense, Block):
+def refit(dense: nn.Module, compacted: nn.Module, index: int, plan: Plan, statistics: DenseStatistics | None) -> None:
+    """Where the plan asks for them, a new bias of dt and new out_proj weights of the compacted block, in place."""
+    asked = [name for name in ("dt_bias", "out_proj") if name in plan.repairs]
+    if not asked or not isinstance(dense, Block):
         return
     assert isinstance(compacted, Block) and statistics is not None
     layer = statistics.layers[index]
     if layer is None or not layer.inputs:
-        raise PlanError(_NOT_MEASURED.format("out_proj"))
+        raise PlanError(_NOT_MEASURED.format(asked[0]))
     stays = torch.tensor(rest(dense.norm.weight.numel(), plan.d_model), device=dense.norm.weight.device)
+    if "dt_bias" in asked and isinstance(dense.mixer, Mamba1Mixer) and isinstance(compacted.mixer, Mamba1Mixer):
+        units = Kept.of(dense.mixer.layout, plan.layers.get(index, LayerPlan())).units
+        _fit_dt_bias(dense, compacted, torch.tensor(units, device=stays.device), stays, layer.inputs)
+    if "out_proj" in asked:
+        _refit_out_proj(dense, compacted, stays, layer.inputs)
+
+
+def _fit_dt_bias(dense: Block, compacted: Block, units: Tensor, stays: Tensor, inputs: Sequence[Tensor]) -> None:
+    """The bias, of four, with which the block's output comes nearest to what it was.
+
+    They are: the old one; the one that gives each channel's dt the mean that it had before the softplus; behind it; and
+    half of that. Where the softplus is an exponential, the mean behind it hangs on the spread too, which falls with
+    channels; but where it fell because rare directions of dt went, all other tokens would pay for that mean.
+    """
+    mixer = compacted.mixer
+    assert isinstance(mixer, Mamba1Mixer)
+    hidden = [compacted.norm(residual[..., stays].contiguous()) for residual in inputs]
+    seen = [_seen(("dt", "out"), dense.mixer, dense.norm(residual)) for residual in inputs]
+    old = torch.cat([_rows(one["dt"])[:, units] for one in seen])
+    before = _before_softplus(torch.cat([_rows(_seen(("dt",), mixer, each)["dt"]) for each in hidden]))
+    behind = torch.zeros_like(old[0])
+    for _ in range(NEWTON_STEPS):                      # on the mean's logarithm
+        mean, slope = F.softplus(before + behind).mean(0), torch.sigmoid(before + behind).mean(0)
+        behind = behind - mean / slope * torch.log(mean / old.mean(0))
+    bias = mixer.dt_proj.bias.detach().double()
+
+    def error(shift: Tensor) -> float:
+        mixer.dt_proj.bias.data = (bias + shift).to(mixer.dt_proj.bias.dtype)
+        return sum((mixer(each).double() - one["out"][..., stays].double()).square().sum().item()
+                   for each, one in zip(hidden, seen, strict=True))
+    shifts = [torch.zeros_like(behind), (_before_softplus(old) - before).mean(0), behind, behind / 2]
+    error(min(shifts, key=error))
+
+
+def _rows(dt: Tensor) -> Tensor:
+    """dt of Mamba-1, (B, D, L), as (tokens, channels)."""
+    return dt.double().transpose(1, 2).flatten(0, 1)
+
+
+def _before_softplus(dt: Tensor) -> Tensor:
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def _refit_out_proj(dense: Block, compacted: Block, stays: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Least squares from what the compacted mixer feeds its out_proj to what the dense one put out.
+
+    RIDGE keeps directions that the text does not show at the old weights.
+    """
     weight = compacted.mixer.out_proj.weight
     squares = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     errors = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-    for residual in layer.inputs:
+    for residual in inputs:
         target = dense.mixer(dense.norm(residual))[..., stays]
         inner, out = _inner_and_out(compacted.mixer, compacted.norm(residual[..., stays].contiguous()))
         squares += inner.mT @ inner
@@ -207,15 +251,21 @@ def refit_out_proj(dense: nn.Module, compacted: nn.Module, index: int, plan: Pla
 
 def _inner_and_out(mixer: Mixer, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """What out_proj reads, (tokens, columns), and the mixer's output."""
+    seen = _seen(("inner", "out"), mixer, hidden)
+    return seen["inner"].double().flatten(0, 1), seen["out"]
+
+
+def _seen(names: Sequence[str], mixer: Mixer, hidden: Tensor) -> dict[str, Tensor]:
+    """What passes the mixer's probe by these names."""
     seen = {}
 
     def probe(name: str, value: Tensor) -> Tensor:
-        if name == "inner":
-            seen["inner"] = value.double().flatten(0, 1)
+        if name in names:
+            seen[name] = value
         return value
     before, mixer.probe = mixer.probe, probe
     try:
-        out = mixer(hidden)
+        mixer(hidden)
     finally:
         mixer.probe = before
-    return seen["inner"], out
+    return seen

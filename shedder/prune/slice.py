@@ -19,7 +19,7 @@ from shedder.prune.calibration import Calibration, calibration_of
 from shedder.prune.kept import Kept, compacted_layout, rest
 from shedder.prune.layer_plan import LayerPlan
 from shedder.prune.plan import Plan
-from shedder.prune.repair import put_in, put_in_outside, refit_out_proj
+from shedder.prune.repair import put_in, put_in_outside, refit
 from shedder.prune.statistics import DenseStatistics, dense_statistics
 
 _LAYERS = "backbone.layers."
@@ -101,7 +101,7 @@ def _fill(compacted: nn.Module, block: nn.Module, config: ModelConfig, index: in
     own = {name: parameter.detach() for name, parameter in block.named_parameters()}
     _adopt(parameters, slice_block(put_in(own, config, index, plan, statistics), config, index, plan))
     if index in plan.layers or plan.d_model:
-        refit_out_proj(block, compacted, index, plan, statistics)
+        refit(block, compacted, index, plan, statistics)
 
 
 def _adopt(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:

@@ -20,14 +20,13 @@ class LayerStatistics:
     """Means over all tokens, in float64.
 
     stream (d_model,): squares of the residual stream before the block's norm. gated (d_inner,): squares of what
-    the gated norm reads. gain, like D: the factor of x that comes nearest to y. x_mean (d_inner,) of x behind the
-    convolution, and in Mamba-1 x_moment (D, D), its products. inputs: the residual stream itself, per batch.
+    the gated norm reads. gain, like D: the factor of x that comes nearest to y. x_moment (D, D) of Mamba-1: products
+    of x behind the convolution. inputs: the residual stream itself, per batch.
     """
 
     stream: Tensor
     gated: Tensor | None = None
     gain: Tensor | None = None
-    x_mean: Tensor | None = None
     x_moment: Tensor | None = None
     inputs: tuple[Tensor, ...] = ()
 
@@ -44,7 +43,7 @@ class DenseStatistics:
 def dense_statistics(model: LanguageModel, calibration: Calibration, repairs: Sequence[str] = ()) -> DenseStatistics:
     """One pass over the calibration tokens. What is large is kept only for the repairs that take it.
 
-    "x_proj" takes x_moment, "out_proj" takes inputs: d_model numbers for every token and layer.
+    "x_proj" takes x_moment, "dt_bias" and "out_proj" take inputs: d_model numbers for every token and layer.
     """
     mixers = {index: mixer for index, mixer in enumerate(model.mixers) if mixer is not None}
     watches = {index: _Watch(mixer, model.config.family, repairs) for index, mixer in mixers.items()}
@@ -104,7 +103,7 @@ class _Watch:
 
     def residual(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._add("stream", _squares(args[0]))
-        if "out_proj" in self.repairs:
+        if {"dt_bias", "out_proj"} & set(self.repairs):
             self.inputs.append(args[0].clone())
 
     def probe(self, inner: Probe | None) -> Probe:
@@ -116,7 +115,6 @@ class _Watch:
                 rows = self._rows(value)
                 if name == "x":
                     self.x = rows
-                    self._add("x_mean", rows)
                     if "x_proj" in self.repairs and self._feeds_x_proj():
                         self.means.setdefault("x_moment", _Mean()).add(rows.mT @ rows, len(rows))
                 else:
@@ -144,5 +142,4 @@ class _Watch:
         if like is not None:
             xy, xx = (means[name].view(like.numel(), -1).sum(1) for name in ("xy", "xx"))
             gain = xy / xx.clamp(min=torch.finfo(xx.dtype).tiny)
-        return LayerStatistics(means["stream"], means["gated"], gain, means.get("x_mean"), means.get("x_moment"),
-                               tuple(self.inputs))
+        return LayerStatistics(means["stream"], means["gated"], gain, means.get("x_moment"), tuple(self.inputs))
