@@ -24,11 +24,10 @@ constexpr int kSegmentLanes = 8;                             // of a group where
 
 struct GatedRMSNormParams {
     const void *x, *z;                                       // (rows, width), columns adjacent; z may be null
-    const void *x_end, *z_end;                               // beyond their last element
     void *y;                                                 // (rows, width), contiguous
     Parameter weight, bias;
     int64_t weight_stride, bias_stride, x_row_stride, z_row_stride;
-    int64_t rows;
+    int64_t rows, inner_rows;                                // inner: whose words of the grid lie within x and z
     int width, segments;
     int bounds[kMaxSegments + 1];                            // columns bounds[s] .. bounds[s+1]-1 are segment s
     int groups[kMaxSegments + 1];                            // and groups[s] .. groups[s+1]-1 own them
@@ -44,7 +43,6 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
     __shared__ float partial[2][kMaxNormThreads / kLanes * kVectors];      // of even and odd rows: one barrier for each
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const T *x = static_cast<const T *>(p.x), *z = static_cast<const T *>(p.z);
-    const T *x_end = static_cast<const T *>(p.x_end), *z_end = static_cast<const T *>(p.z_end);
     T *y = static_cast<T *>(p.y);
 
     // Vector v of this lane: the kCount columns from column[v] on; its segment has those whose bit is set in own[v].
@@ -66,6 +64,13 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
             if (begin <= column[v] + i && column[v] + i < end) own[v] |= 1u << i;
         asm volatile("" : "+r"(column[v]), "+r"(own[v]));    // kept, not computed again for every row
     }
+    constexpr unsigned kOwnsAll = (1u << kCount) - 1;
+    const auto apply = [](const Packed<T, kCount> &gate, float (&values)[kCount]) {
+        float gates[kCount];
+        gate.get(gates);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) values[i] *= silu_for<T>(gates[i]);
+    };
     const auto owns = [&](int v, int i) { return (own[v] >> i & 1) != 0; };
     p.weight.visit([&](auto *from) {
 #pragma unroll
@@ -76,13 +81,17 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
         }
     });
 
+    const auto stays_inside = [&](int v) {                   // its words hold nothing beyond a row
+        return kGrid == Grid::kWhole || (kGrid == Grid::kSame && own[v] == kOwnsAll);
+    };
     RowVector<T, kCount, kGrid> next_x[kVectors], next_z[kVectors];
     const auto load = [&](int64_t row) {
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            const bool exists = own[v] != 0 && row < p.rows; // no branch here: what follows one waits for its loads
-            next_x[v].fetch(x + row * p.x_row_stride + column[v], exists, x_end);
-            next_z[v].fetch(z + row * p.z_row_stride + column[v], exists && z != nullptr, z_end);
+            // No branch here: what follows one waits for its loads.
+            const bool exists = own[v] != 0 && row < p.rows && (row < p.inner_rows || stays_inside(v));
+            next_x[v].fetch(x + row * p.x_row_stride + column[v], exists);
+            next_z[v].fetch(z + row * p.z_row_stride + column[v], exists && z != nullptr);
         }
     };
     load(blockIdx.x);
@@ -93,15 +102,21 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
         Packed<T, kCount> gate[kVectors];
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            const Packed<T, kCount> here = next_x[v].get(x + row * p.x_row_stride + column[v]);
-            gate[v] = next_z[v].get(z + row * p.z_row_stride + column[v]);
+            const T *from = x + row * p.x_row_stride + column[v], *gate_from = z + row * p.z_row_stride + column[v];
+            Packed<T, kCount> here = next_x[v].get(from);
+            gate[v] = next_z[v].get(gate_from);
+            if (kGrid != Grid::kWhole && row >= p.inner_rows && !stays_inside(v)) {
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) value[v][i] = to_float(here.at[i]);
-            if (!kNormBeforeGate && z != nullptr) {
-#pragma unroll
-                for (int i = 0; i < kCount; ++i) value[v][i] *= silu_for<T>(to_float(gate[v].at[i]));
+                for (int i = 0; i < kCount; ++i) {
+                    if (owns(v, i)) {
+                        here.at[i] = from[i];
+                        if (z != nullptr) gate[v].at[i] = gate_from[i];
+                    }
+                }
             }
-            if constexpr (kGrid != Grid::kWhole) {
+            here.get(value[v]);
+            if (!kNormBeforeGate && z != nullptr) apply(gate[v], value[v]);
+            if (kGrid != Grid::kWhole && own[v] != kOwnsAll) {
 #pragma unroll
                 for (int i = 0; i < kCount; ++i)
                     if (!owns(v, i)) value[v][i] = 0.f;
@@ -140,14 +155,11 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
                         if (owns(v, i)) value[v][i] += to_float(from[(c + i) * p.bias_stride]);
                 });
             }
-            if (kNormBeforeGate && z != nullptr) {
-#pragma unroll
-                for (int i = 0; i < kCount; ++i) value[v][i] *= silu_for<T>(to_float(gate[v].at[i]));
-            }
+            if (kNormBeforeGate && z != nullptr) apply(gate[v], value[v]);
             Packed<T, kCount> out;
             out.set(value[v]);
             T *to = y + row * p.width + column[v];
-            if (own[v] == (1u << kCount) - 1) {
+            if (own[v] == kOwnsAll) {
                 *reinterpret_cast<typename Packed<T, kCount>::Word *>(to) = out.word;
             } else if (kGrid != Grid::kWhole) {
 #pragma unroll

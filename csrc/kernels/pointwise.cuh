@@ -78,15 +78,18 @@ __device__ inline float fast_silu(float x) {
     return x * r;
 }
 
-// SiLU whose result is stored as T. For bf16 by tanh: three instructions, off by at most |x| 2^-12.
+// SiLU of 2 x whose result is stored as T. For bf16 by tanh: two instructions, off by at most |x| 2^-11.
+template <typename T>
+__device__ inline float silu_of_half(float x) { return fast_silu(2.f * x); }
+template <>
+__device__ inline float silu_of_half<__nv_bfloat16>(float x) {
+    float tanh;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(x));
+    return fmaf(x, tanh, x);
+}
 template <typename T>
 __device__ inline float silu_for(float x) { return fast_silu(x); }
 template <>
-__device__ inline float silu_for<__nv_bfloat16>(float x) {
-    const float half = 0.5f * x;
-    float tanh;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(half));
-    return fmaf(half, tanh, half);
-}
+__device__ inline float silu_for<__nv_bfloat16>(float x) { return silu_of_half<__nv_bfloat16>(0.5f * x); }
 
 }  // namespace shedder

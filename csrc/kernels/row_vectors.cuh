@@ -30,6 +30,19 @@ union Packed {
     Word word;
     T at[kCount];
     __device__ Packed() : word{} {}
+    __device__ void get(float (&values)[kCount]) const {     // one instruction each
+        if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+            const uint32_t *words = reinterpret_cast<const uint32_t *>(&word);
+#pragma unroll
+            for (int i = 0; i < kCount; i += 2) {
+                values[i] = __uint_as_float(words[i / 2] << 16);
+                values[i + 1] = __uint_as_float(words[i / 2] & 0xffff0000u);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) values[i] = to_float(at[i]);
+        }
+    }
     __device__ void set(const float (&values)[kCount]) {     // two roundings by one instruction
 #pragma unroll
         for (int i = 0; i < kCount; i += 2) {
@@ -46,11 +59,11 @@ union Packed {
 // to = *from where it exists. One predicated instruction: written as a branch, the compiler merges the old value by
 // moves that wait for the load.
 __device__ inline void load_if(bool exists, uint4 &to, const void *from) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
                  : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(static_cast<unsigned>(exists)));
 }
 __device__ inline void load_if(bool exists, uint2 &to, const void *from) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
                  : "+r"(to.x), "+r"(to.y) : "l"(from), "r"(static_cast<unsigned>(exists)));
 }
 __device__ inline void load_if(bool exists, uint16_t &to, const void *from) {
@@ -80,30 +93,15 @@ template <typename T, int kCount, Grid kGrid>
 struct RowVector {
     Packed<T, kCount> low, high;                             // high: only off the grid
 
-    // from[0] .. from[kCount-1], of which those that stick out of the row hold anything. Nothing at or beyond `end`
-    // is read; what lies before a row in its word of the grid is always in memory.
-    __device__ void fetch(const T *from, bool exists, const T *end) {
+    // from[0] .. from[kCount-1] where they exist, by reading the words of the grid that they lie in.
+    __device__ void fetch(const T *from, bool exists) {
         using Word = typename Packed<T, kCount>::Word;
+        const int before = kGrid == Grid::kOther ? columns_off_grid<T, kCount>(from) : 0;
         low.word = Word{};
-        if constexpr (kGrid == Grid::kWhole) {
-            load_if(exists, low.word, from);
-        } else {
-            const int before = kGrid == Grid::kSame ? 0 : columns_off_grid<T, kCount>(from);
-            const int words = before == 0 ? 1 : 2;
-            const int64_t left = end - (from - before);
-            const bool fits = left >= words * kCount;
-            load_if(exists && fits, low.word, from - before);
-            if constexpr (kGrid == Grid::kOther) {
-                high.word = Word{};
-                load_if(exists && fits && words == 2, high.word, from - before + kCount);
-            }
-            if (exists && !fits) {
-#pragma unroll
-                for (int i = 0; i < (kGrid == Grid::kSame ? 1 : 2) * kCount; ++i) {
-                    if (before <= i && i < before + kCount && i < static_cast<int>(left))
-                        (i < kCount ? low : high).at[i % kCount] = from[i - before];
-                }
-            }
+        load_if(exists, low.word, from - before);
+        if constexpr (kGrid == Grid::kOther) {
+            high.word = Word{};
+            load_if(exists && before != 0, high.word, from - before + kCount);
         }
     }
     // What `fetch` was asked for.

@@ -109,11 +109,11 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
         p.z = z->const_data_ptr();
         p.z_row_stride = z->stride(0);
     }
-    const auto end_of = [&](const void *data, int64_t stride) {
-        return static_cast<const char *>(data) + (std::max<int64_t>(rows - 1, 0) * stride + width) * size;
+    // A vector reaches at most one element less than itself beyond its row.
+    const auto inner_rows = [&](int64_t stride) {
+        return stride <= 0 ? 0 : std::max<int64_t>(rows - (vector - 1 + stride - 1) / stride, 0);
     };
-    p.x_end = end_of(p.x, p.x_row_stride);
-    if (p.z != nullptr) p.z_end = end_of(p.z, p.z_row_stride);
+    p.inner_rows = std::min(inner_rows(p.x_row_stride), p.z == nullptr ? rows : inner_rows(p.z_row_stride));
     p.weight = arguments.parameter(weight, "weight", {width});
     p.weight_stride = weight.stride(0);
     p.bias = arguments.parameter(bias, "bias", {width});
