@@ -26,6 +26,9 @@ from shedder.prune.size import parameter_count, state_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
+EXAMPLES = {"--budget": "params=0.7 or state=0.5, a share of the dense model", "--round-to": "heads=8 states=16",
+            "--score": "head=activation state=ghost"}
+
 Command = Callable[..., argparse.ArgumentParser]
 
 
@@ -186,7 +189,7 @@ def _pairs(option: str, items: Iterable[str]) -> dict[str, str]:
     for item in items:
         name, equals, value = item.partition("=")
         if not (name and equals and value):
-            raise ValueError(f"{option} is {item!r}; accepted: NAME=VALUE")
+            raise ValueError(f"{option} is {item!r}; accepted: NAME=VALUE, as {EXAMPLES[option]}")
         if name in found:
             raise ValueError(f"{option} gives {name} more than once")
         found[name] = value
@@ -199,8 +202,7 @@ def _numbers(option: str, items: Iterable[str], kind: type[int] | type[float]) -
         try:
             numbers[name] = kind(value)
         except ValueError as error:
-            example = "params=0.7 or state=0.5, a share of the dense model" if kind is float else "heads=8 states=16"
-            raise ValueError(f"{option} is {name}={value}; accepted: {example}") from error
+            raise ValueError(f"{option} is {name}={value}; accepted: {EXAMPLES[option]}") from error
     return numbers
 
 

@@ -82,8 +82,9 @@ class Pruned:
 class Candidates:
     """What can go, by axis and bundle.
 
-    bundles[axis]: a share of a layer's units, a number of them, or None: each unit is a candidate of its own. A
-    bundle takes the units of the lowest score that are still there, from each row of units as many; one always stays.
+    bundles[axis]: a share of a layer's units, a number of them, or None: each unit is a candidate of its own. Of what
+    all layers share, a layer's units are its number over that of the layers: bundles of all axes weigh alike. A bundle
+    takes the units of the lowest score that are still there, from each row of units as many; one always stays.
     multiples[axis]: a bundle takes as many more as it needs for what stays of each row to be a multiple.
     """
 
@@ -102,7 +103,7 @@ class Candidates:
         for axis in self.axes:
             if axis.shared:
                 rows = (tuple(range(pruned.dense.d_model)),)
-                for unit, units in self._choices(axis, STREAM, rows, set(pruned.d_model)):
+                for unit, units in self._choices(axis, STREAM, rows, set(pruned.d_model), len(pruned.dense.layers)):
                     gain = budget.gain_of_stream(pruned.config, pruned.config.d_model - len(units), unmet)
                     if gain > 0:
                         removal = Removal(STREAM, d_model=units)
@@ -123,7 +124,8 @@ class Candidates:
                 if gain > 0:
                     yield Candidate((layer, axis.name, unit), units, removal, total, gain)
 
-    def _choices(self, axis: Axis, layer: int, rows: Rows, gone: set[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def _choices(self, axis: Axis, layer: int, rows: Rows, gone: set[int], layers: int = 1
+                 ) -> Iterator[tuple[int, tuple[int, ...]]]:
         if axis.whole:
             yield -1, rows[0]
             return
@@ -136,7 +138,7 @@ class Candidates:
                     yield number, units
             return
         share = 1 if bundle is None else bundle
-        count = min(share if isinstance(share, int) else max(1, round(share * len(rows[0]))), most)
+        count = min(share if isinstance(share, int) else max(1, round(share * len(rows[0]) / layers)), most)
         if axis.name in self.multiples and count > 0:
             multiple = self.multiples[axis.name]
             stays = (len(left[0]) - count) // multiple * multiple

@@ -70,7 +70,8 @@ def search(model: LanguageModel, text: str | Tensor | Sequence[int], budget: Map
         score: what ranks units: a method of shedder.prune.scores (greedy: "contribution", one-shot: "taylor1"), one
             for each axis, {"head": "activation", "state": "ghost"}, or scores that were saved, or their file.
         bundle: heads, channels and states go in bundles of this share of a layer's number, or of this number if it
-            is an integer; {"head": 1, "state": 0.25} by axis. None (greedy only): each unit is a candidate.
+            is an integer; {"head": 1, "state": 0.25} by axis. A share of d_model is divided by the number of layers,
+            since it takes from all of them. None (greedy only): each unit is a candidate.
         rescore: of greedy. None scores every candidate in every step. A number scores only so many of those that
             looked best when last scored, and those of the layer just cut: far faster, close to the same plan.
         group_aware: every B/C group loses as many heads, and every head the same channels, as kernels without a
