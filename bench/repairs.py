@@ -83,7 +83,8 @@ def cuts(model: LanguageModel, statistics: DenseStatistics) -> Iterator[Cut]:
         i: LayerPlan(channels=tuple(range(0, layout.d_inner, 6))) for i in every}), fits)
     yield Cut(f"rank {ranks} of dt to {ranks // 2}", plan({
         i: LayerPlan(ranks=ranks - ranks // 2) for i in every}), fits)
-    yield Cut(f"rank {ranks} of dt to 2", plan({i: LayerPlan(ranks=ranks - 2) for i in every}), fits)
+    for left in (2, 1):
+        yield Cut(f"rank {ranks} of dt to {left}", plan({i: LayerPlan(ranks=ranks - left) for i in every}), fits)
 
 
 def _energy(model: LanguageModel, statistics: DenseStatistics, index: int) -> torch.Tensor:
