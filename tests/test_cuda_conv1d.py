@@ -83,3 +83,15 @@ def test_more_than_2_31_elements(channel_last):
     expected, _ = reference.causal_conv1d(tail.double(), weight[-3:].double(), None, "silu")
     cases.assert_close("y", y[-1:, -3:, -900:], expected[..., -900:], BF16)
     assert torch.equal(final[-1:, -3:], tail[..., -3:])
+
+
+def test_states_more_than_2_31_elements_apart():
+    """What a step does to a slot does not depend on where it lies."""
+    channels, distance = 640, 2 ** 31 + 8
+    near = torch.randn(2, channels, 4, device="cuda", dtype=BF16)
+    far = torch.empty(distance + channels * 4, device="cuda", dtype=BF16).as_strided(near.shape, (distance, 4, 1))
+    far.copy_(near)
+    x, weight = torch.randn(2, channels, 1, device="cuda", dtype=BF16), torch.randn(channels, 4, device="cuda")
+    ys = [cuda.causal_conv1d_update(x, state, weight, None, True, None, None) for state in (far, near)]
+    assert torch.equal(*ys)
+    assert torch.equal(far, near)

@@ -25,6 +25,9 @@ pytestmark = needs_gpu
     {"groups": [2, 1], "headdim": 7, "dstate": 256, "tied": True, "extras": True, "batch": 1},
     {"groups": [75], "headdim": 13, "dstate": 5, "tied": False, "extras": False},
     {"groups": [1], "headdim": 3, "dstate": 1, "tied": False, "extras": True, "batch": 5},
+    {"groups": [1], "headdim": 5120, "dstate": 16, "tied": False, "extras": True, "indexed": True, "batch": 100},
+    {"groups": [1], "headdim": 5117, "dstate": 8, "tied": False, "extras": False, "batch": 90},
+    {"groups": [1], "headdim": 5117, "dstate": 11, "tied": False, "extras": True, "indexed": True, "batch": 130},
 ], ids=str)
 def test_matches_the_recurrence(dtype, state_dtype, case):
     cases.check_state_update("cuda", dtype, state_dtype=state_dtype, **case)
@@ -64,3 +67,24 @@ def test_in_a_cuda_graph_and_again_the_same():
     torch.cuda.synchronize()
     assert torch.equal(y, want)
     assert torch.equal(state, moved)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_slots_more_than_2_31_elements_apart(tied):
+    """What a slot holds does not depend on where it lies."""
+    heads, headdim, dstate = (4, 64, 128) if tied else (1, 256, 16)
+    shape, size = (2, heads, headdim, dstate), heads * headdim * dstate
+    far = torch.empty(2 ** 31 + 8 + size, device="cuda", dtype=BF16).as_strided(
+        shape, (2 ** 31 + 8, headdim * dstate, dstate, 1))
+    near = torch.randn(shape, device="cuda", dtype=BF16)
+    far.copy_(near)
+    x = torch.randn(2, heads, headdim, device="cuda", dtype=BF16)
+    B = torch.randn(2, 1, dstate, device="cuda", dtype=BF16)
+    A = -torch.rand(heads, 1, 1, device="cuda").expand(shape[1:])
+    dt = torch.randn(2, heads, 1, device="cuda", dtype=BF16).expand(-1, -1, headdim)
+    if not tied:
+        A, dt = A.contiguous(), dt.contiguous()
+    group = torch.zeros(heads, dtype=torch.int32, device="cuda")
+    ys = [cuda.state_update(state, x, dt, A, B, B, None, None, None, True, group, None) for state in (far, near)]
+    assert torch.equal(*ys)
+    assert torch.equal(far, near)

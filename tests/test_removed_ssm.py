@@ -59,7 +59,8 @@ CASES = {
     "no gain, no bias": {"gain": "none", "has_bias": False},
     "no norm": {"segments": None},
     "segments": {"segments": ((16, 1e-5), (40, 3e-3), (24, 1e-5)), "width": 3},
-    "wide": {"heads": 80, "headdim": 64, "segments": ((5120, 1e-5),), "length": 5, "history": True},
+    "wide": {"heads": 80, "headdim": 64, "segments": ((5120, 1e-5),), "length": 45, "history": True},
+    "half as wide": {"heads": 40, "headdim": 64, "segments": ((2560, 1e-5),), "length": 301, "batch": 3},
     "width 1": {"width": 1},
     "padded rows": {"padding": 24, "length": 300, "width": 2, "history": True},
     "one token": {"length": 1, "batch": 3, "history": True},
@@ -145,3 +146,17 @@ def test_cuda_says_what_it_does_not_take():
     assert "grid" in cuda.supports("removed_ssm", **facts, whole_vectors=False)
     assert "grid" in cuda.supports("removed_ssm", **{**facts, "segments": (60, 5060)})
     assert "vectors" in cuda.supports("removed_ssm", **{**facts, "channels": 8192, "segments": (8192,)})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(no_cuda is not None, reason=f"no CUDA backend: {no_cuda}")
+def test_rows_more_than_2_31_elements_apart():
+    """What a row of the batch gives does not depend on where it lies."""
+    tensors, options = make(heads=10, headdim=64, segments=((640, 1e-5),), dtype=torch.bfloat16, device="cuda")
+    near = ops.removed_ssm(**tensors, **options, backend="cuda")
+    distance = 2 ** 31 + 8
+    room = torch.empty(distance + 2 * 37 * 1280, device="cuda", dtype=torch.bfloat16)
+    for name, first in (("x", 0), ("z", 640)):
+        far = room.as_strided((2, 37, 640), (distance, 1280, 1), first)
+        tensors[name] = far.copy_(tensors[name])
+    assert torch.equal(ops.removed_ssm(**tensors, **options, backend="cuda"), near)

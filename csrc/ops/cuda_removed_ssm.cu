@@ -29,9 +29,15 @@ int tokens_for(int64_t length, int64_t batch, int64_t slots) {
     return static_cast<int>(best);
 }
 
-template <typename T, int kThreads, bool kNormBeforeGate, int kLanes, bool kFull>
+template <typename T>
+constexpr FloatKind kind_of() {
+    return std::is_same_v<T, float> ? FloatKind::kFloat
+        : std::is_same_v<T, __half> ? FloatKind::kHalf : FloatKind::kBFloat16;
+}
+
+template <typename T, int kThreads, bool kNormBeforeGate, int kLanes, bool kPlain>
 void launch_removed(RemovedSSMParams &q, int threads, int32_t device, cudaStream_t stream) {
-    const auto kernel = removed_ssm_fwd<T, kThreads, kNormBeforeGate, kLanes, kFull>;
+    const auto kernel = removed_ssm_fwd<T, kThreads, kNormBeforeGate, kLanes, kPlain>;
     constexpr int bytes = static_cast<int>(removed_ssm_shared_bytes<T>(kThreads));
     // CTAs that run at once, for each number of warps; asked once, since asking takes longer than a launch.
     static int64_t slots[kThreads / 32 + 1] = {};
@@ -55,16 +61,17 @@ void launch_removed(RemovedSSMParams &q, int32_t device, cudaStream_t stream) {
     const int threads = (q.groups[q.segments] * kLanes + 31) / 32 * 32;
     STD_TORCH_CHECK(threads <= kRemovedThreads, "shedder_cuda::removed_ssm: ", q.segments, " segments of ",
                     q.conv.channels, " channels take more threads than a token has");
-    const int64_t tap = q.conv.weight.kind == FloatKind::kFloat ? 4 : 2;
-    const bool full = q.conv.width == kMaxWidth && q.conv.weight_tap_stride == 1
+    const auto is_plain = [](const Parameter &one) { return !one.present() || one.kind == kind_of<T>(); };
+    const bool plain = q.conv.width == kMaxWidth && q.conv.weight_tap_stride == 1
         && q.conv.weight_channel_stride == kMaxWidth
-        && reinterpret_cast<uintptr_t>(q.conv.weight.data) % (kMaxWidth * tap) == 0;
+        && on_grid(q.conv.weight.data, sizeof(T), {}, kMaxWidth * sizeof(T)) && is_plain(q.conv.weight)
+        && is_plain(q.conv.bias) && is_plain(q.norm_weight);
     const auto with_threads = [&](auto most) {
         constexpr int kThreads = decltype(most)::value;
-        if (full) return launch_removed<T, kThreads, kNormBeforeGate, kLanes, true>(q, threads, device, stream);
+        if (plain) return launch_removed<T, kThreads, kNormBeforeGate, kLanes, true>(q, threads, device, stream);
         launch_removed<T, kThreads, kNormBeforeGate, kLanes, false>(q, threads, device, stream);
     };
-    if (threads <= kFewRemovedThreads) return with_threads(std::integral_constant<int, kFewRemovedThreads>{});
+    if (threads <= kHalfRemovedThreads) return with_threads(std::integral_constant<int, kHalfRemovedThreads>{});
     with_threads(std::integral_constant<int, kRemovedThreads>{});
 }
 
