@@ -53,7 +53,7 @@ def known(family: str, reason: str) -> object:
 
 
 FAMILIES = ["selective_scan_fwd", "selective_scan_tiled", "selective_scan_quads", "gated_rmsnorm", "state_update",
-            "ssd_fwd", "causal_conv1d", "removed_ssm"]
+            "ssd_fwd", "causal_conv1d", "removed_ssm", "step_mixer", "mamba_inner_step"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,33 @@ def conv_step(**changes: Any) -> Any:
                                        "bias": rand(70)} | changes), state
 
 
+def mixer_step(slots: int = 2, **changes: Any) -> Any:
+    inner, channels = 5 * 24, 5 * 24 + 2 * 2 * 20
+    conv_state, ssm_state = rand(slots, channels, 3), wide(slots, 5, 24, 20)
+    return ops.step_mixer(**{
+        "zxbcdt": rand(2, inner + channels + 5 + 3), "conv_state": conv_state, "ssm_state": ssm_state,
+        "conv_weight": rand(channels, 4), "conv_bias": rand(channels), "dt_bias": wide(5), "A": -wide(5).abs(),
+        "D": wide(5), "norm_weight": rand(inner), "headdim": 24, "ngroups": 2, "dstate": 20,
+        "head_to_group": (0, 0, 0, 1, 1), "norm_segments": ((72, 1e-5), (48, 1e-3)), "norm_before_gate": False,
+        "row_padding": 3} | changes), conv_state, ssm_state
+
+
+def removed_step(**changes: Any) -> Any:
+    conv_state = rand(2, 70, 3)
+    return ops.step_mixer(**{
+        "zxbcdt": rand(2, 140), "conv_state": conv_state, "ssm_state": None, "conv_weight": rand(70, 4),
+        "conv_bias": None, "dt_bias": None, "A": None, "D": wide(5, 14), "headdim": 14,
+        "dstate": 0} | changes), conv_state
+
+
+def inner_step(slots: int = 2, **changes: Any) -> Any:
+    conv_state, ssm_state = rand(slots, 70, 3), rand(slots, 70, 16)
+    return ops.mamba_inner_step(**{
+        "xz": rand(2, 140), "conv_state": conv_state, "ssm_state": ssm_state, "conv_weight": rand(70, 4),
+        "conv_bias": rand(70), "x_proj_weight": rand(37, 70), "dt_proj_weight": rand(70, 5), "dt_bias": wide(70),
+        "A": -wide(70, 16).abs(), "D": wide(70)} | changes), conv_state, ssm_state
+
+
 def norm(**changes: Any) -> Any:
     return ops.rmsnorm_fn(**{"x": rand(2, 3, 70), "weight": rand(70), "bias": None, "z": rand(2, 3, 70)} | changes)
 
@@ -102,6 +130,14 @@ TAKEN: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (conv_step, {}), (conv_step, {"x": rand(3, 70, 5), "activation": "silu"}),
     (conv_step, {"x": rand(2, 70), "cache_seqlens": torch.tensor([3, 9], device="cuda", dtype=torch.int32),
                  "conv_state_indices": torch.tensor([2, -1], device="cuda", dtype=torch.int32)}),
+    (mixer_step, {}),
+    (mixer_step, {"norm_weight": None, "norm_segments": None, "D": wide(5, 24), "dt_limit": (0.1, 0.5)}),
+    (mixer_step, {"slots": 9, "state_batch_indices": torch.tensor([7, -1], device="cuda", dtype=torch.int32),
+                  "cache_seqlens": torch.tensor([4, 0], device="cuda", dtype=torch.int32)}),
+    (removed_step, {}), (removed_step, {"norm_weight": rand(70), "norm_segments": ((70, 1e-5),)}),
+    (inner_step, {}), (inner_step, {"A": -rand(70, 16).abs(), "conv_bias": None}),
+    (inner_step, {"x_proj_weight": rand(5 + 2 * 2 * 16, 70), "channel_to_group": (0,) * 50 + (1,) * 20, "slots": 9,
+                  "state_batch_indices": torch.tensor([-1, 3], device="cuda", dtype=torch.int32)}),
     (norm, {}), (norm, {"z": rand(2, 3, 100)[..., 7:77], "segments": [30, 40], "segment_eps": [1e-5, 1e-2]}),
     (norm, {"x": rand(70), "z": None, "bias": rand(70), "group_size": 10, "norm_before_gate": False}),
 ] if torch.cuda.is_available() else []
@@ -118,8 +154,9 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         seen.append(outputs is not None)
         return outputs
 
-    for module in ("selective_scan", "ssd", "conv1d", "gated_norm", "state_update"):
-        monkeypatch.setattr(f"shedder.ops.{module}.take_whole", spy)
+    for module in ("selective_scan", "ssd", "conv1d", "gated_norm", "state_update", "step_mixer", "inner_step"):
+        # A module may have the name of its function, under which a dotted path would find the function.
+        monkeypatch.setattr(importlib.import_module(f"shedder.ops.{module}"), "take_whole", spy)
     return seen
 
 

@@ -43,6 +43,7 @@ def make_inputs(heads: int, headdim: int, ngroups: int, dstate: int, *, width: i
                 row_padding: int = 0, kept: int | None = None, dtype: torch.dtype = torch.float32,
                 state_dtype: torch.dtype = torch.float32, has_norm: bool = True, has_bias: bool = True,
                 d_has_hdim: bool = False, norm_segments: Any = None, device: str = "cpu",
+                seen: tuple[int, ...] = (), slots: tuple[int, ...] = (),
                 **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors and options of a call."""
     def rand(*shape: int) -> Tensor:
@@ -52,10 +53,12 @@ def make_inputs(heads: int, headdim: int, ngroups: int, dstate: int, *, width: i
     channels = inner + 2 * ngroups * dstate
     steps = heads if dstate else 0
     kept = width - 1 if kept is None else kept
+    batch = len(seen or slots) or batch
+    states = max(slots) + 2 if slots else batch
     tensors = {
         "zxbcdt": rand(batch, inner + channels + steps + row_padding).to(dtype),
-        "conv_state": rand(batch, kept, channels).to(dtype).transpose(1, 2),          # as nn allocates it
-        "ssm_state": rand(batch, heads, headdim, dstate).to(state_dtype) if dstate else None,
+        "conv_state": rand(states, kept, channels).to(dtype).transpose(1, 2),         # as nn allocates it
+        "ssm_state": rand(states, heads, headdim, dstate).to(state_dtype) if dstate else None,
         "conv_weight": (rand(channels, width) / 2).to(dtype),
         "conv_bias": rand(channels).to(dtype) if has_bias else None,
         "dt_bias": rand(heads) if dstate else None, "A": -rand(heads).exp() if dstate else None,
@@ -64,19 +67,39 @@ def make_inputs(heads: int, headdim: int, ngroups: int, dstate: int, *, width: i
     }
     if has_norm:
         options["norm_segments"] = norm_segments or ((inner, 1e-5),)
+    for name, numbers in (("cache_seqlens", seen), ("state_batch_indices", slots)):
+        if numbers:
+            options[name] = torch.tensor(numbers, dtype=torch.int32, device=device)
     return tensors, {"headdim": headdim, "ngroups": ngroups, "dstate": dstate, "row_padding": row_padding, **options}
 
 
 def expected(tensors: dict[str, Any], *, headdim: int, ngroups: int, dstate: int, row_padding: int,
              head_to_group: Any = None, norm_segments: Any = None, norm_before_gate: bool = True,
-             dt_limit: tuple[float, float] = (0.0, math.inf)) -> tuple[Tensor, Tensor, Tensor | None]:
+             dt_limit: tuple[float, float] = (0.0, math.inf), cache_seqlens: Tensor | None = None,
+             state_batch_indices: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """y and both new states, composed from shedder.reference in float64."""
     t = {name: None if value is None else value.double().cpu() for name, value in tensors.items()}
     batch, heads = t["zxbcdt"].shape[0], t["D"].shape[0]
+    if state_batch_indices is not None:                 # the rows that have a state, each with its own
+        slots = state_batch_indices.cpu().long()
+        rows = torch.nonzero(slots >= 0)[:, 0]
+        own = {**tensors, "zxbcdt": t["zxbcdt"][rows]}
+        for name in ("conv_state", "ssm_state"):
+            own[name] = None if t[name] is None else t[name][slots[rows]]
+        y = torch.zeros(batch, t["conv_weight"].shape[0] - 2 * ngroups * dstate, dtype=torch.float64)
+        y[rows], conv_state, ssm_state = expected(
+            own, headdim=headdim, ngroups=ngroups, dstate=dstate, row_padding=row_padding, head_to_group=head_to_group,
+            norm_segments=norm_segments, norm_before_gate=norm_before_gate, dt_limit=dt_limit,
+            cache_seqlens=None if cache_seqlens is None else cache_seqlens.cpu()[rows])
+        t["conv_state"][slots[rows]] = conv_state
+        if ssm_state is not None:
+            t["ssm_state"][slots[rows]] = ssm_state
+        return y, t["conv_state"], t["ssm_state"]
     inner, states = heads * headdim, ngroups * dstate
     z, xBC, dt, _ = t["zxbcdt"].split([inner, inner + 2 * states, heads if dstate else 0, row_padding], dim=-1)
     xBC, conv_state = reference.causal_conv1d_update(xBC[..., None], t["conv_state"], t["conv_weight"], t["conv_bias"],
-                                                     "silu")
+                                                     "silu", cache_seqlens=None if cache_seqlens is None else
+                                                     cache_seqlens.cpu())
     x, B, C = xBC[..., 0].split([inner, states, states], dim=-1)
     x, gate = x.view(batch, 1, heads, headdim), z.reshape(batch, 1, heads, headdim)
     if dstate:
@@ -112,6 +135,8 @@ def check(tensors: dict[str, Any], options: dict[str, Any], backend: str | None)
         if ssm_want is not None:
             assert_close("ssm_state", tensors["ssm_state"], ssm_want, tensors["ssm_state"].dtype)
         tensors["zxbcdt"] = torch.randn_like(tensors["zxbcdt"])
+        if "cache_seqlens" in options:
+            options["cache_seqlens"] += 1
 
 
 @pytest.mark.parametrize(("backend", "device"), implementations())
@@ -125,8 +150,9 @@ def test_step_is_the_composition_of_the_references(layout, dtype, backend, devic
 @pytest.mark.parametrize("case", [
     {"has_norm": False}, {"has_norm": False, "d_has_hdim": True}, {"norm_before_gate": True},
     {"norm_before_gate": False}, {"dt_limit": (0.5, 0.9)}, {"dt_limit": (0.1, math.inf)}, {"d_has_hdim": True},
-    {"has_bias": False}, {"row_padding": 5}, {"kept": 4}, {"batch": 1}, {"batch": 5},
-    {"state_dtype": torch.bfloat16}, {"state_dtype": torch.float16}], ids=str)
+    {"has_bias": False}, {"row_padding": 5}, {"kept": 4}, {"batch": 1}, {"batch": 4},
+    {"state_dtype": torch.bfloat16}, {"state_dtype": torch.float16}, {"slots": (3, -1, 0, 5)}, {"seen": (0, 2, 7)},
+    {"seen": (5, 1, 0), "slots": (2, 0, -1), "kept": 5}, {"kept": 7}, {"kept": 1, "width": 2, "seen": (3,)}], ids=str)
 def test_every_option_of_a_step(case, backend, device, poisoned_allocator):
     check(*make_inputs(**LAYOUTS["ragged"], **case, device=device), backend)
 
@@ -135,7 +161,7 @@ def test_every_option_of_a_step(case, backend, device, poisoned_allocator):
 @pytest.mark.parametrize("case", [
     {"has_norm": False}, {"has_norm": False, "d_has_hdim": True}, {"norm_before_gate": False}, {"d_has_hdim": True},
     {"has_bias": False}, {"row_padding": 5}, {"kept": 4}, {"heads": 1, "batch": 1}, {"heads": 40, "headdim": 64},
-    {"norm_segments": ((60, 1e-5), (5, 3e-6))}], ids=str)
+    {"norm_segments": ((60, 1e-5), (5, 3e-6))}, {"slots": (1, -1), "seen": (4, 4)}], ids=str)
 def test_every_option_of_a_step_without_an_ssm(case, backend, device, poisoned_allocator):
     check(*make_inputs(**{**LAYOUTS["removed SSM"], **case}, device=device), backend)
 
@@ -181,6 +207,13 @@ def test_explain_names_the_kernel_or_the_parts_of_a_composition():
     assert "cpu" in decisions[0].rejected
 
 
+def test_weights_of_another_dtype_than_the_inputs():
+    tensors, options = make_inputs(**LAYOUTS["ragged"])
+    for name in ("conv_weight", "conv_bias", "norm_weight"):
+        tensors[name] = tensors[name].to(torch.bfloat16)
+    check(tensors, options, None)
+
+
 def test_a_backend_without_the_kernel_is_asked_for_its_parts():
     tensors, options = make_inputs(**LAYOUTS["dense"])
     with pytest.raises(ValueError, match="backend='triton' cannot run causal_conv1d_update"):
@@ -203,6 +236,11 @@ def test_a_backend_without_the_kernel_is_asked_for_its_parts():
     ({"head_to_group": (0, 1)}, "head_to_group has 2 entries"),
     ({"A": torch.zeros(5, dtype=torch.float64)}, "A is torch.float64 but zxbcdt is torch.float32"),
     ({"dt_limit": (2.0, 1.0)}, "dt_limit is"),
+    ({"state_batch_indices": torch.tensor([0, 2])}, "state_batch_indices has value 2 but conv_state has 2 slots"),
+    ({"state_batch_indices": torch.tensor([0.0, 1.0])}, "state_batch_indices is torch.float32"),
+    ({"state_batch_indices": torch.tensor([1])}, r"state_batch_indices has shape \(1,\)"),
+    ({"state_batch_indices": torch.tensor([0, 1]), "conv_state": torch.zeros(3, 81, 3)}, "conv_state has shape"),
+    ({"cache_seqlens": torch.zeros(3, dtype=torch.int32)}, r"cache_seqlens has shape \(3,\)"),
     ({"backend": "gpu"}, "backend is 'gpu'"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_errors_name_the_argument(change, message):
@@ -228,7 +266,8 @@ def test_step_passes_opcheck(backend, device):
     groups = torch.tensor(options["head_to_group"], dtype=torch.int32, device=device)
     sizes, eps = zip(*options["norm_segments"], strict=True)
     torch.library.opcheck(torch.ops.shedder.step_mixer.default, (
-        *tensors.values(), options["ngroups"], groups, list(sizes), list(eps), False, 0.0, math.inf, backend or "auto"))
+        *tensors.values(), options["ngroups"], groups, list(sizes), list(eps), False, 0.0, math.inf, None, None,
+        backend or "auto"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["one kernel", "composed"])

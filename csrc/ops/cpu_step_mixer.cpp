@@ -33,13 +33,14 @@ void step_mixer(const Tensor &zxbcdt, Tensor conv_state, MaybeTensor ssm_state, 
                 const MaybeTensor &conv_bias, const MaybeTensor &dt_bias, const MaybeTensor &A, const Tensor &D,
                 const MaybeTensor &norm_weight, int64_t groups, const Tensor &head_to_group,
                 std::vector<int64_t> segments, std::vector<double> eps, bool norm_before_gate, double dt_min,
-                double dt_max, Tensor y) {
+                double dt_max, const MaybeTensor &cache_seqlens, const MaybeTensor &state_batch_indices, Tensor y) {
     STD_TORCH_CHECK(zxbcdt.dim() == 2 && conv_state.dim() == 3 && conv_weight.dim() == 2 &&
                         (!ssm_state || ssm_state->dim() == 4) && 1 <= D.dim() && D.dim() <= 2,
-                    "shedder_cpu::step_mixer takes zxbcdt (B, columns), conv_state (B, channels, K), "
-                    "conv_weight (channels, W), ssm_state (B, H, P, N), D (H,) or (H, P)");
+                    "shedder_cpu::step_mixer takes zxbcdt (B, columns), conv_state (slots, channels, K), "
+                    "conv_weight (channels, W), ssm_state (slots, H, P, N), D (H,) or (H, P)");
     const bool has_ssm = ssm_state.has_value();
     const int64_t batch = zxbcdt.size(0), width = conv_weight.size(1), kept = conv_state.size(2);
+    const int64_t slots = conv_state.size(0);
     const int64_t heads = D.size(0), states = has_ssm ? ssm_state->size(3) : 0;
     const int64_t channels = conv_weight.size(0), inner = channels - 2 * groups * states;
     STD_TORCH_CHECK(heads > 0 && inner > 0 && inner % heads == 0,
@@ -49,15 +50,19 @@ void step_mixer(const Tensor &zxbcdt, Tensor conv_state, MaybeTensor ssm_state, 
                     "shedder_cpu::step_mixer: zxbcdt has too few columns");
     STD_TORCH_CHECK(has_ssm == dt_bias.has_value() && has_ssm == A.has_value() && has_ssm == (states > 0),
                     "shedder_cpu::step_mixer takes ssm_state, dt_bias and A together, or none of them");
-    STD_TORCH_CHECK(states <= kMaxStates && 1 <= width && width <= kMaxWidth && kept >= width - 1,
-                    "shedder_cpu::step_mixer: N must be 1..", kMaxStates, ", W 1..", kMaxWidth, ", K at least W - 1");
+    STD_TORCH_CHECK(states <= kMaxStates && 1 <= width && width <= kMaxWidth &&
+                        kept >= std::max<int64_t>(width - 1, cache_seqlens ? 1 : 0),
+                    "shedder_cpu::step_mixer: N must be 1..", kMaxStates, ", W 1..", kMaxWidth,
+                    ", K at least W - 1, of a ring at least 1");
     const Array in = array(kOp, "zxbcdt", zxbcdt, {batch, zxbcdt.size(1)});
     const std::unique_ptr<float[]> scratch(new float[batch * (channels + inner)]);
     float *const xBC = scratch.get(), *const gated = xBC + batch * channels;
 
     Conv1dUpdate conv;
     conv.x = columns(in, inner);
-    conv.conv_state = array(kOp, "conv_state", conv_state, {batch, channels, kept});
+    conv.conv_state = array(kOp, "conv_state", conv_state, {slots, channels, kept});
+    conv.cache_seqlens = integers(kOp, "cache_seqlens", cache_seqlens, batch);
+    conv.conv_state_indices = slot_numbers(kOp, state_batch_indices, batch, slots);
     conv.weight = array(kOp, "conv_weight", conv_weight, {channels, width});
     conv.bias = array(kOp, "conv_bias", conv_bias, {channels});
     conv.y = floats(xBC, channels);
@@ -69,7 +74,8 @@ void step_mixer(const Tensor &zxbcdt, Tensor conv_state, MaybeTensor ssm_state, 
 
     const Array out = array(kOp, "y", y, {batch, inner});
     StateUpdate step;
-    step.state = array(kOp, "ssm_state", ssm_state, {batch, heads, headdim, states});
+    step.state = array(kOp, "ssm_state", ssm_state, {slots, heads, headdim, states});
+    step.state_batch_indices = conv.conv_state_indices;
     step.x = floats(xBC, channels, headdim);
     const int32_t *group = integers(kOp, "head_to_group", head_to_group, heads);
     float *B = xBC + inner, *C = B + groups * states;
@@ -126,7 +132,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cpu, m) {
     m.def("step_mixer(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!)? ssm_state, Tensor conv_weight, "
           "Tensor? conv_bias, Tensor? dt_bias, Tensor? A, Tensor D, Tensor? norm_weight, int groups, "
           "Tensor head_to_group, int[] segments, float[] eps, bool norm_before_gate, float dt_min, float dt_max, "
-          "Tensor(c!) y) -> ()");
+          "Tensor? cache_seqlens, Tensor? state_batch_indices, Tensor(c!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shedder_cpu, CPU, m) { m.impl("step_mixer", TORCH_BOX(&shedder::cpu::step_mixer)); }

@@ -39,4 +39,18 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const std::optional<Te
                    const std::optional<Tensor> &z, std::vector<int64_t> segments, std::vector<double> eps,
                    bool norm_before_gate, Tensor y);
 
+void step_mixer(const Tensor &zxbcdt, Tensor conv_state, std::optional<Tensor> ssm_state, const Tensor &conv_weight,
+                const std::optional<Tensor> &conv_bias, const std::optional<Tensor> &dt_bias,
+                const std::optional<Tensor> &A, const Tensor &D, const std::optional<Tensor> &norm_weight,
+                int64_t groups, const std::optional<Tensor> &head_to_group, const std::vector<int64_t> &segments,
+                const std::vector<double> &eps, bool norm_before_gate, double dt_min, double dt_max,
+                const std::optional<Tensor> &cache_seqlens, const std::optional<Tensor> &state_batch_indices, Tensor y);
+
+void mamba_inner_step(const Tensor &xz, Tensor conv_state, std::optional<Tensor> ssm_state, const Tensor &conv_weight,
+                      const std::optional<Tensor> &conv_bias, const std::optional<Tensor> &x_proj_weight,
+                      const std::optional<Tensor> &dt_proj_weight, const std::optional<Tensor> &dt_bias,
+                      const std::optional<Tensor> &A, const Tensor &D, const std::optional<Tensor> &channel_to_group,
+                      const std::optional<Tensor> &cache_seqlens, const std::optional<Tensor> &state_batch_indices,
+                      Tensor y);
+
 }  // namespace shedder

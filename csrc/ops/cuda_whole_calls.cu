@@ -259,6 +259,49 @@ Outputs rmsnorm_fn(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
     });
 }
 
+// zxbcdt: (B, columns), [z | x | B | C | dt | padding].
+Outputs step_mixer(const Tensor &zxbcdt, Tensor conv_state, MaybeTensor ssm_state, const Tensor &conv_weight,
+                   const MaybeTensor &conv_bias, const MaybeTensor &dt_bias, const MaybeTensor &A, const Tensor &D,
+                   const MaybeTensor &norm_weight, int64_t headdim, int64_t groups, int64_t dstate,
+                   const MaybeTensor &head_to_group, const std::vector<int64_t> &segments,
+                   const std::vector<double> &eps, bool norm_before_gate, double dt_min, double dt_max,
+                   int64_t row_padding, const MaybeTensor &cache_seqlens, const MaybeTensor &state_batch_indices) {
+    return unless_refused([&]() -> Outputs {
+        require(zxbcdt.dim() == 2 && zxbcdt.size(0) > 0 && D.dim() >= 1 && 1 <= headdim && headdim <= 256);
+        require(groups >= 1 && dstate >= 0 && row_padding >= 0 && 0 <= dt_min && dt_min <= dt_max);
+        require(dstate > 0 ? ssm_state && ssm_state->dim() == 4 && ssm_state->size(3) == dstate : !ssm_state);
+        const int64_t batch = zxbcdt.size(0), heads = D.size(0), inner = heads * headdim;
+        const int64_t channels = inner + 2 * groups * dstate;
+        require(zxbcdt.size(1) == inner + channels + (dstate > 0 ? heads : 0) + row_padding);
+        require(conv_weight.size(0) == channels && norm_weight.has_value() == !segments.empty());
+        require(state_batch_indices || conv_state.size(0) == batch);
+        require_one_dtype(conv_weight, conv_bias);
+        const Tensor y = empty(zxbcdt, zxbcdt.scalar_type(), {batch, inner});
+        shedder::step_mixer(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, as_float(dt_bias), as_float(A),
+                            as_float(D), norm_weight, groups, head_to_group, segments, eps, norm_before_gate, dt_min,
+                            dt_max, cache_seqlens, state_batch_indices, y);
+        return {y, std::nullopt};
+    });
+}
+
+// xz: (B, 2D), [x | z].
+Outputs mamba_inner_step(const Tensor &xz, Tensor conv_state, MaybeTensor ssm_state, const Tensor &conv_weight,
+                         const MaybeTensor &conv_bias, const MaybeTensor &x_proj_weight,
+                         const MaybeTensor &dt_proj_weight, const MaybeTensor &dt_bias, const MaybeTensor &A,
+                         const Tensor &D, const MaybeTensor &channel_to_group, const MaybeTensor &cache_seqlens,
+                         const MaybeTensor &state_batch_indices) {
+    return unless_refused([&]() -> Outputs {
+        require(xz.dim() == 2 && xz.size(0) > 0 && conv_state.dim() == 3);
+        require(state_batch_indices || conv_state.size(0) == xz.size(0));
+        require_one_dtype(conv_weight, conv_bias);
+        const Tensor y = empty(xz, xz.scalar_type(), {xz.size(0), xz.size(1) / 2});
+        shedder::mamba_inner_step(xz, conv_state, ssm_state, conv_weight, conv_bias, x_proj_weight, dt_proj_weight,
+                                  as_float(dt_bias), as_float(A), as_float(D), channel_to_group, cache_seqlens,
+                                  state_batch_indices, y);
+        return {y, std::nullopt};
+    });
+}
+
 }  // namespace
 }  // namespace shedder::calls
 
@@ -283,6 +326,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(shedder_calls, m) {
           "Tensor? cache_seqlens, Tensor? conv_state_indices) -> (Tensor?, Tensor?)");
     m.def("rmsnorm_fn(Tensor x, Tensor weight, Tensor? bias, Tensor? z, float eps, int? group_size, "
           "bool norm_before_gate, int[]? segments, float[]? segment_eps) -> (Tensor?, Tensor?)");
+    m.def("step_mixer(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!)? ssm_state, Tensor conv_weight, "
+          "Tensor? conv_bias, Tensor? dt_bias, Tensor? A, Tensor D, Tensor? norm_weight, int headdim, int groups, "
+          "int dstate, Tensor? head_to_group, int[] segments, float[] eps, bool norm_before_gate, float dt_min, "
+          "float dt_max, int row_padding, Tensor? cache_seqlens, Tensor? state_batch_indices) "
+          "-> (Tensor?, Tensor?)");
+    m.def("mamba_inner_step(Tensor xz, Tensor(a!) conv_state, Tensor(b!)? ssm_state, Tensor conv_weight, "
+          "Tensor? conv_bias, Tensor? x_proj_weight, Tensor? dt_proj_weight, Tensor? dt_bias, Tensor? A, Tensor D, "
+          "Tensor? channel_to_group, Tensor? cache_seqlens, Tensor? state_batch_indices) -> (Tensor?, Tensor?)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shedder_calls, CUDA, m) {
@@ -293,4 +344,6 @@ STABLE_TORCH_LIBRARY_IMPL(shedder_calls, CUDA, m) {
     m.impl("causal_conv1d_fn", TORCH_BOX(&shedder::calls::causal_conv1d_fn));
     m.impl("causal_conv1d_update", TORCH_BOX(&shedder::calls::causal_conv1d_update));
     m.impl("rmsnorm_fn", TORCH_BOX(&shedder::calls::rmsnorm_fn));
+    m.impl("step_mixer", TORCH_BOX(&shedder::calls::step_mixer));
+    m.impl("mamba_inner_step", TORCH_BOX(&shedder::calls::mamba_inner_step));
 }

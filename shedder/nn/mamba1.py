@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shedder.layout import ScanLayout
 from shedder.nn.config import ModelConfig
 from shedder.nn.mixer import Mixer, convolve, empty_conv, empty_linear, empty_parameter, overwrite, past
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
-from shedder.ops import causal_conv1d_update, linear, selective_scan_fn, selective_state_update
+from shedder.ops import linear, mamba_inner_step, selective_scan_fn, selective_state_update
 from shedder.reference import discrete_dt
 
 
 class Mamba1Mixer(Mixer):
     """in_proj -> [x | z]; conv + SiLU over x; x_proj -> [rank | B | C]; dt_proj; selective scan; gate; out_proj."""
 
+    D: nn.Parameter
     channel_to_group: Tensor | None
     value_constants = ("A_log",)
 
@@ -100,15 +101,8 @@ class Mamba1Mixer(Mixer):
         return y
 
     def _step(self, hidden: Tensor, state: LayerState) -> Tensor:
-        layout, ssm = self.layout, state.ssm
-        assert ssm is not None
         conv_weight, A = self.constants()
-        x, z = linear(hidden.squeeze(1), self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
-        x = causal_conv1d_update(x, state.conv, conv_weight, self.conv1d.bias, activation="silu")
-        rank, B, C = linear(x, self.x_proj.weight).split(self._x_split, dim=-1)
-        if layout.ngroups > 1:
-            B, C = B.unflatten(-1, (layout.ngroups, layout.dstate)), C.unflatten(-1, (layout.ngroups, layout.dstate))
-        y = selective_state_update(ssm, x, linear(rank, self.dt_proj.weight), A, B, C, self.D, z=z,
-                                   dt_bias=self.dt_proj.bias, dt_softplus=True,
-                                   head_to_group=self.channel_to_group)
+        xz = linear(hidden.squeeze(1), self.in_proj.weight, self.in_proj.bias)
+        y = mamba_inner_step(xz, state.conv, state.ssm, conv_weight, self.conv1d.bias, self.x_proj.weight,
+                             self.dt_proj.weight, self.dt_proj.bias, A, self.D, channel_to_group=self.channel_to_group)
         return linear(y, self.out_proj.weight, self.out_proj.bias).unsqueeze(1)

@@ -22,7 +22,7 @@ from shedder.nn.mixer import (
 from shedder.nn.norm import GatedRMSNorm
 from shedder.nn.precision import wide_dtype
 from shedder.nn.state import LayerState, allocate_layer_state
-from shedder.ops import linear, removed_ssm, step_mixer
+from shedder.ops import linear, mamba_inner_step, removed_ssm, step_mixer
 
 
 class RemovedSSMMixer(Mixer):
@@ -64,7 +64,7 @@ class RemovedSSMMixer(Mixer):
 
     def forward(self, hidden: Tensor, state: LayerState | None = None) -> Tensor:
         """hidden (B, L, d_model) -> (B, L, d_model), continuing from `state` and updating it."""
-        if state is not None and hidden.shape[1] == 1 and self.probe is None and not self.is_mamba1:
+        if state is not None and hidden.shape[1] == 1 and self.probe is None:
             return self._step(hidden, state)
         conv_weight, D = self.constants()
         mlp, both = split_mlp(linear(hidden, self.in_proj.weight, self.in_proj.bias), self.layout.mlp_channels)
@@ -84,12 +84,15 @@ class RemovedSSMMixer(Mixer):
     def _step(self, hidden: Tensor, state: LayerState) -> Tensor:
         conv_weight, D = self.constants()
         in_proj, out_proj, norm, layout = self.in_proj, self.out_proj, self.norm, self.layout
-        mlp, zx = split_mlp(linear(hidden.squeeze(1), in_proj.weight, in_proj.bias), layout.mlp_channels)
-        y = step_mixer(
-            zx, state.conv, None, conv_weight, self.conv1d.bias,
-            None, None, D.view(layout.nheads, layout.headdim), None if norm is None else norm.weight,
-            headdim=layout.headdim, dstate=0, norm_segments=self._norm_segments,
-            norm_before_gate=self.norm_before_gate)
+        mlp, both = split_mlp(linear(hidden.squeeze(1), in_proj.weight, in_proj.bias), layout.mlp_channels)
+        if self.is_mamba1:
+            y = mamba_inner_step(both, state.conv, None, conv_weight, self.conv1d.bias, None, None, None, None, D)
+        else:
+            y = step_mixer(
+                both, state.conv, None, conv_weight, self.conv1d.bias,
+                None, None, D.view(layout.nheads, layout.headdim), None if norm is None else norm.weight,
+                headdim=layout.headdim, dstate=0, norm_segments=self._norm_segments,
+                norm_before_gate=self.norm_before_gate)
         return linear(beside(mlp, y), out_proj.weight, out_proj.bias).unsqueeze(1)
 
     def _finish_probed(self, mlp: Tensor | None, x: Tensor, z: Tensor, D: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ and one function for each op that it implements. The facts of a call are
     state_update    heads, headdim, dstate, groups, slots, state_dtype, dt_dtype, indexed
     causal_conv1d   channels, width, weight_dtype, channel_last, initial_states, seq_idx
     causal_conv1d_update    channels, width, weight_dtype, ring, indexed
-    step_mixer      heads, headdim, dstate, groups, width, weight_dtype, state_dtype, segments (a tuple)
+    step_mixer      heads, headdim, dstate, groups, width, weight_dtype, state_dtype, norm_dtype, segments (a tuple)
+    mamba_inner_step    channels, dstate, groups, dt_rank, width, weight_dtype, state_dtype
     gated_rmsnorm   width, weight_dtype, segments (a tuple), gated, norm_before_gate
     removed_ssm     channels, width, weight_dtype, segments (a tuple), whole_vectors (rows on the grid of 16 bytes)
 """
@@ -31,7 +32,7 @@ import torch
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}    # of backend="auto", by device
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OPS = ("selective_scan", "ssd", "state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm",
-       "step_mixer", "removed_ssm")
+       "step_mixer", "mamba_inner_step", "removed_ssm")
 _MODULES = {"cuda": "shedder.ops.cuda", "triton": "shedder.ops.triton", "cpu": "shedder.ops.cpu",
             "reference": "shedder.ops.reference_backend"}
 

@@ -113,13 +113,31 @@ def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Te
 def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
                conv_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor | None, D: Tensor,
                norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor, segments: list[int], eps: list[float],
-               norm_before_gate: bool, dt_min: float, dt_max: float) -> Tensor:
+               norm_before_gate: bool, dt_min: float, dt_max: float, cache_seqlens: Tensor | None,
+               state_batch_indices: Tensor | None) -> Tensor:
     states = 0 if ssm_state is None else ssm_state.shape[3]
     y = zxbcdt.new_empty(zxbcdt.shape[0], conv_weight.shape[0] - 2 * ngroups * states)
     torch.ops.shedder_cpu.step_mixer.default(
         zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, ngroups,
-        _numbers(head_to_group), segments, eps, norm_before_gate, dt_min, dt_max, y)
+        _numbers(head_to_group), segments, eps, norm_before_gate, dt_min, dt_max, _numbers(cache_seqlens),
+        _numbers(state_batch_indices), y)
     return y
+
+
+def mamba_inner_step(xz: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+                     conv_bias: Tensor | None, x_proj_weight: Tensor | None, dt_proj_weight: Tensor | None,
+                     dt_bias: Tensor | None, A: Tensor | None, D: Tensor, channel_to_group: Tensor | None,
+                     cache_seqlens: Tensor | None, state_batch_indices: Tensor | None) -> Tensor:
+    y = xz.new_empty(xz.shape[0], conv_weight.shape[0])
+    torch.ops.shedder_cpu.mamba_inner_step.default(
+        xz, conv_state, ssm_state, conv_weight, conv_bias, _adjacent(x_proj_weight), _adjacent(dt_proj_weight), dt_bias,
+        A, D, _numbers(channel_to_group), _numbers(cache_seqlens), _numbers(state_batch_indices), y)
+    return y
+
+
+def _adjacent(weight: Tensor | None) -> Tensor | None:
+    """A weight whose rows have no gaps inside."""
+    return weight if weight is None or weight.stride(-1) == 1 else weight.contiguous()
 
 
 def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, segments: list[int],

@@ -14,9 +14,14 @@ from shedder import native
 from shedder.triton_kernels.packed import sequence_runs
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MEMORY_BOUND = ("state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm", "removed_ssm")
+_MEMORY_BOUND = ("state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm", "removed_ssm", "step_mixer",
+                 "mamba_inner_step")
 _NORM_THREADS, _NORM_VECTORS, _NORM_SEGMENTS = 512, 2, 128       # of the CTA that holds a row in registers
 _REMOVED_THREADS, _REMOVED_SEGMENTS = 640, 64
+_MIXER_ROWS, _MIXER_STATES, _MIXER_SEGMENTS = 32768, 8192, 128    # H P (or D), G N and segments of a mixer's step
+_MIXER_BATCH = 4              # of step_mixer: a CTA runs alone on its multiprocessor, which larger batches fill better
+_INNER_OUTPUTS = 2048         # R + 2 G N of mamba_inner_step
+_INNER_BATCH = 4              # of mamba_inner_step, each row of which reads the weights: separate products from here on
 _CHANNEL_STATES = 16          # that one thread holds in a decode step of Mamba-1
 _SMALL_BATCH = 8              # a decode step's time up to here is the host's, of which this backend takes least
 
@@ -132,8 +137,10 @@ def _supports_memory_bound(op: str, facts: dict[str, Any]) -> str | None:
     for name in ("dtype", "dt_dtype", "weight_dtype", "state_dtype"):
         if facts.get(name) is not None and facts[name] not in _DTYPES:
             return f"{name} {facts[name]}; accepted: float32, float16, bfloat16"
-    if not 1 <= facts.get("dstate", 1) <= 256:
-        return f"dstate {facts['dstate']}; accepted: 1..256"
+    is_step = op in ("step_mixer", "mamba_inner_step")
+    fewest = 0 if is_step else 1                             # states: an SSM may be removed
+    if not fewest <= facts.get("dstate", 1) <= 256:
+        return f"dstate {facts['dstate']}; accepted: {fewest}..256"
     if op.startswith("causal_conv1d") and not 1 <= facts.get("width", 1) <= 4:
         return f"width {facts['width']}; accepted: 1..4"
     if op == "state_update" and facts.get("batch", 1) > _SMALL_BATCH:
@@ -141,8 +148,32 @@ def _supports_memory_bound(op: str, facts: dict[str, Any]) -> str | None:
         if facts.get("heads", 2) > 1 or dstate > _CHANNEL_STATES or dstate % 4 or state_bytes == 4:
             return (f"a batch of {facts['batch']}: the Triton kernel takes less time, except for one head with 4, 8, "
                     "12 or 16 states of 2 bytes")
+    if is_step:
+        return _supports_step(op, facts)
     if op in ("gated_rmsnorm", "removed_ssm"):
         return _supports_row(op, facts)
+    return None
+
+
+def _supports_step(op: str, facts: dict[str, Any]) -> str | None:
+    """A cluster of CTAs holds a row of the batch."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        return "the GPU has no clusters; accepted: compute capability 9.0 and above"
+    for name in ("weight_dtype", "norm_dtype"):
+        if facts.get(name) not in (None, facts.get("dtype")):
+            return f"{name} {facts[name]}; accepted: {facts.get('dtype')}, the dtype of the inputs"
+    most = _INNER_BATCH if op == "mamba_inner_step" else _MIXER_BATCH
+    if facts.get("dstate", 1) and facts.get("batch", 1) > most:
+        return f"a batch of {facts['batch']}: separate ops take less time from {most + 1} on"
+    states = facts.get("groups", 1) * facts.get("dstate", 1)
+    for letters, size, most in (
+            ("H P", facts.get("heads", 1) * facts.get("headdim", 1), _MIXER_ROWS),
+            ("D", facts.get("channels", 1), _MIXER_ROWS),
+            ("G N", states, _MIXER_STATES),
+            ("R + 2 G N", facts.get("dt_rank", -2 * states) + 2 * states, _INNER_OUTPUTS),
+            ("the number of norm segments", len(facts.get("segments") or ()), _MIXER_SEGMENTS)):
+        if size > most:
+            return f"{letters} is {size}; accepted: up to {most}"
     return None
 
 
@@ -220,6 +251,33 @@ def removed_ssm(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, D: Te
     """y; see shedder.reference.removed_ssm."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _op("removed_ssm")(x, z, weight, bias, D, norm_weight, segments, eps, norm_before_gate, initial_states, y)
+    return y
+
+
+def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+               conv_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor | None, D: Tensor,
+               norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor, segments: list[int], eps: list[float],
+               norm_before_gate: bool, dt_min: float, dt_max: float, cache_seqlens: Tensor | None,
+               state_batch_indices: Tensor | None) -> Tensor:
+    """y; moves both states on in place; see shedder.ops.step_mixer."""
+    states = 0 if ssm_state is None else ssm_state.shape[3]
+    y = torch.empty(zxbcdt.shape[0], conv_weight.shape[0] - 2 * ngroups * states, dtype=zxbcdt.dtype,
+                    device=zxbcdt.device)
+    _op("step_mixer")(zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, _float(dt_bias), _float(A), D.float(),
+                      norm_weight, ngroups, head_to_group, segments, eps, norm_before_gate, dt_min, dt_max,
+                      cache_seqlens, state_batch_indices, y)
+    return y
+
+
+def mamba_inner_step(xz: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+                     conv_bias: Tensor | None, x_proj_weight: Tensor | None, dt_proj_weight: Tensor | None,
+                     dt_bias: Tensor | None, A: Tensor | None, D: Tensor, channel_to_group: Tensor | None,
+                     cache_seqlens: Tensor | None, state_batch_indices: Tensor | None) -> Tensor:
+    """y; moves both states on in place; see shedder.ops.mamba_inner_step."""
+    y = torch.empty(xz.shape[0], conv_weight.shape[0], dtype=xz.dtype, device=xz.device)
+    _op("mamba_inner_step")(xz, conv_state, ssm_state, conv_weight, conv_bias, x_proj_weight, dt_proj_weight,
+                            _float(dt_bias), _float(A), D.float(), channel_to_group, cache_seqlens, state_batch_indices,
+                            y)
     return y
 
 

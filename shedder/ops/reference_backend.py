@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shedder import reference
@@ -86,34 +87,61 @@ def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Te
 def step_mixer(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
                conv_bias: Tensor | None, dt_bias: Tensor | None, A: Tensor | None, D: Tensor,
                norm_weight: Tensor | None, ngroups: int, head_to_group: Tensor, segments: list[int], eps: list[float],
-               norm_before_gate: bool, dt_min: float, dt_max: float) -> Tensor:
-    batch, heads, dstate = zxbcdt.shape[0], D.shape[0], 0 if ssm_state is None else ssm_state.shape[3]
+               norm_before_gate: bool, dt_min: float, dt_max: float, cache_seqlens: Tensor | None,
+               state_batch_indices: Tensor | None) -> Tensor:
+    heads, dstate = D.shape[0], 0 if ssm_state is None else ssm_state.shape[3]
     states = ngroups * dstate
     inner = conv_weight.shape[0] - 2 * states
     headdim = inner // heads
-    out = torch.empty(batch, inner, dtype=zxbcdt.dtype, device=zxbcdt.device)
-    if not out.numel():
+    out = torch.zeros(zxbcdt.shape[0], inner, dtype=zxbcdt.dtype, device=zxbcdt.device)
+    rows, slots = _rows(zxbcdt.shape[0], state_batch_indices)
+    zxbcdt = zxbcdt[rows]
+    if not zxbcdt.numel():
         return out
     if A is None:                                       # a removed SSM is one without states, at any step size
-        dt, A = zxbcdt.new_zeros(batch, heads), zxbcdt.new_zeros(heads)
+        dt, A = zxbcdt.new_zeros(zxbcdt.shape[0], heads), zxbcdt.new_zeros(heads)
     else:
         dt = zxbcdt[:, 2 * (inner + states):][:, :heads]
     z, xBC = zxbcdt[:, :2 * (inner + states)].split([inner, inner + 2 * states], dim=-1)
-    xBC, new_conv = reference.causal_conv1d_update(xBC[..., None], conv_state, conv_weight, conv_bias, "silu")
+    xBC, new_conv = reference.causal_conv1d_update(
+        xBC[..., None], conv_state[slots], conv_weight, conv_bias, "silu",
+        cache_seqlens=None if cache_seqlens is None else cache_seqlens[rows])
     x, B, C = xBC[..., 0].split([inner, states, states], dim=-1)
     gate = z.unflatten(-1, (heads, headdim))[:, None]
     y, new_ssm = reference.ssd(
         x.unflatten(-1, (heads, headdim))[:, None], dt[:, None], A, B.unflatten(-1, (ngroups, dstate))[:, None],
         C.unflatten(-1, (ngroups, dstate))[:, None], D, gate if norm_weight is None else None, dt_bias, True,
-        (dt_min, dt_max), head_to_group=head_to_group, initial_states=ssm_state)
+        (dt_min, dt_max), head_to_group=head_to_group,
+        initial_states=None if ssm_state is None else ssm_state[slots])
     y = y.flatten(1)
     if norm_weight is not None:
         y = reference.gated_rmsnorm(y, norm_weight, None, z, segments=segments, eps=eps,
                                     norm_before_gate=norm_before_gate)
-    conv_state.copy_(new_conv)
+    conv_state[slots] = new_conv
     if ssm_state is not None:
-        ssm_state.copy_(new_ssm)
-    return out.copy_(y)
+        ssm_state[slots] = new_ssm.to(ssm_state.dtype)
+    out[rows] = y.to(out.dtype)
+    return out
+
+
+def mamba_inner_step(xz: Tensor, conv_state: Tensor, ssm_state: Tensor | None, conv_weight: Tensor,
+                     conv_bias: Tensor | None, x_proj_weight: Tensor | None, dt_proj_weight: Tensor | None,
+                     dt_bias: Tensor | None, A: Tensor | None, D: Tensor, channel_to_group: Tensor | None,
+                     cache_seqlens: Tensor | None, state_batch_indices: Tensor | None) -> Tensor:
+    x, z = xz.chunk(2, dim=-1)
+    x = causal_conv1d_update(x[..., None], conv_state, conv_weight, conv_bias, True, cache_seqlens,
+                             state_batch_indices)[..., 0]
+    if ssm_state is None or x_proj_weight is None or dt_proj_weight is None or A is None:
+        return (x * D).to(x.dtype) * F.silu(z)
+    rank, states = dt_proj_weight.shape[1], (x_proj_weight.shape[0] - dt_proj_weight.shape[1]) // 2
+    if channel_to_group is None:
+        channel_to_group = torch.zeros(x.shape[1], dtype=torch.int32, device=x.device)
+    ranks, B, C = F.linear(x, x_proj_weight).split([rank, states, states], dim=-1)
+    dt = F.linear(ranks, dt_proj_weight)
+    B, C = B.unflatten(-1, (-1, A.shape[1])), C.unflatten(-1, (-1, A.shape[1]))
+    return state_update(ssm_state.unsqueeze(1), x.unsqueeze(1), dt.unsqueeze(1), A.unsqueeze(0), B, C, D.unsqueeze(0),
+                        z.unsqueeze(1), None if dt_bias is None else dt_bias.unsqueeze(0), True, channel_to_group,
+                        state_batch_indices).squeeze(1)
 
 
 def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, segments: list[int],

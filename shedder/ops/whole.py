@@ -24,8 +24,10 @@ _PARTS = {                              # the ops whose kernels a native op laun
     "causal_conv1d_fn": ("causal_conv1d",),
     "causal_conv1d_update": ("causal_conv1d_update",),
     "rmsnorm_fn": ("gated_rmsnorm",),
+    "step_mixer": ("step_mixer",),
+    "mamba_inner_step": ("mamba_inner_step",),
 }
-_WITHOUT_GRADIENT = ("selective_state_update", "causal_conv1d_update")
+_WITHOUT_GRADIENT = ("selective_state_update", "causal_conv1d_update", "step_mixer", "mamba_inner_step")
 
 
 def take_whole(function: str, first: Tensor, backend: str | None, arguments: Callable[[], tuple],
