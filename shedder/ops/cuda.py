@@ -144,10 +144,12 @@ def _supports_memory_bound(op: str, facts: dict[str, Any]) -> str | None:
     if op.startswith("causal_conv1d") and not 1 <= facts.get("width", 1) <= 4:
         return f"width {facts['width']}; accepted: 1..4"
     if op == "state_update" and facts.get("batch", 1) > _SMALL_BATCH:
-        dstate, state_bytes = facts.get("dstate", 16), facts.get("state_dtype", torch.bfloat16).itemsize
-        if facts.get("heads", 2) > 1 or dstate > _CHANNEL_STATES or dstate % 4 or state_bytes == 4:
-            return (f"a batch of {facts['batch']}: the Triton kernel takes less time, except for one head with 4, 8, "
-                    "12 or 16 states of 2 bytes")
+        by_channels = (facts.get("heads", 2) == 1 and facts.get("groups", 1) == 1
+                       and facts.get("dstate", 1) <= _CHANNEL_STATES
+                       and facts.get("dt_dtype") == facts.get("dtype"))
+        if not by_channels:
+            return (f"a batch of {facts['batch']}: the Triton kernel takes less time, except for one head and one "
+                    f"group with at most {_CHANNEL_STATES} states and dt of the dtype of x")
     if is_step:
         return _supports_step(op, facts)
     if op in ("gated_rmsnorm", "removed_ssm"):

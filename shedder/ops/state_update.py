@@ -76,8 +76,9 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
         "selective_state_update", state, backend,
         lambda: (state, x, dt, parameter(A, x), B, C, parameter(D, x), z, parameter(dt_bias, x), dt_softplus,
                  _map_if_needed(head_to_group, state, B), state_batch_indices),
-        lambda: (("batch", x.shape[0]), ("heads", 1 if state.dim() == 3 else state.shape[1]),
-                 ("dstate", state.shape[-1]), ("state_dtype", state.dtype)))
+        lambda: (("dtype", x.dtype), ("batch", x.shape[0]), ("heads", 1 if state.dim() == 3 else state.shape[1]),
+                 ("dstate", state.shape[-1]), ("groups", 1 if B.dim() == 2 else B.shape[1]),
+                 ("state_dtype", state.dtype), ("dt_dtype", dt.dtype)))
     if taken is not None:
         return taken[0]
     groups, mapped = _check((state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices))
