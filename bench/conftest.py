@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.workloads import TABLES, Workload, workloads
+from bench.workloads import RANDOM_SHAPES, TABLES, Workload, workloads
 
 BENCH = Path(__file__).resolve().parent
 
@@ -26,6 +26,8 @@ BENCH = Path(__file__).resolve().parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("shedder")
     group.addoption("--tables", default="must", help=f"comma-separated tables of workloads: {', '.join(TABLES)}, all")
+    group.addoption("--random", type=int, default=RANDOM_SHAPES, dest="random_shapes",
+                    help=f"how many random shapes of each op, the first ones (default {RANDOM_SHAPES}, all)")
     group.addoption("--sides", default="ours,peer", help="what to measure: ours, peer, or both (default)")
     group.addoption("--budget-s", type=float, default=float("inf"),
                     help="seconds a suite may take; workloads that come later are skipped")
@@ -58,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = TABLES if tables == "all" else [table for table in TABLES if table in tables.split(",")]
         if not chosen:
             raise pytest.UsageError(f"--tables is {tables!r}; accepted: {', '.join(TABLES)} or all")
-        rows = workloads(*ops, tables=chosen)
+        rows = workloads(*ops, tables=chosen, random_shapes=metafunc.config.getoption("random_shapes"))
         metafunc.parametrize("workload", rows, ids=[row.name for row in rows])
 
 

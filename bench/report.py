@@ -293,6 +293,7 @@ def all_tables(root: Path) -> dict[str, str]:
     tables = {f"{path.parent.name}/{path.stem}": suite_table(path) for path in files}
     for folder in sorted({path.parent for path in files}):
         tables |= folder_tables(folder)
+        tables |= {f"{folder.name}/{name}": "Not measured." for name in ("claims", *claims.FIELDS)}
     for path in sorted(root.glob("*/claims.json")):
         tables |= claim_tables(path)
     return tables

@@ -23,7 +23,7 @@ import sys
 import time
 from typing import Any
 
-from bench.workloads import TABLES, TUNED_OPS, Workload, workloads
+from bench.workloads import RANDOM_SHAPES, TABLES, TUNED_OPS, Workload, workloads
 
 
 def first_of_each_key(rows: list[Workload]) -> list[Workload]:
@@ -86,9 +86,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.warm_peers", description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=8, help="processes, each with a CUDA context (default 8)")
     parser.add_argument("--tables", default="must", help=f"as for pytest bench/: {', '.join(TABLES)}, all")
+    parser.add_argument("--random", type=int, default=RANDOM_SHAPES, help="as for pytest bench/")
     options = parser.parse_args()
     tables = TABLES if options.tables == "all" else options.tables.split(",")
-    rows = [row for row in workloads(*TUNED_OPS, tables=tables) if row.peer]
+    rows = [row for row in workloads(*TUNED_OPS, tables=tables, random_shapes=options.random) if row.peer]
     chosen = first_of_each_compilation(rows) if keeps_tuning() else first_of_each_key(rows)
     parts = 1 if keeps_tuning() else -(-3 * options.jobs // max(1, len(chosen)))     # small pieces end together
     context = multiprocessing.get_context("spawn")

@@ -24,6 +24,7 @@ SUITES = {
     "prefill": "model", "decode": "model",
 }
 TABLES = ("must", "base", "sweep", "random")
+RANDOM_SHAPES = 60                                      # of each op that has some
 TUNED_OPS = ("ssd", "mamba2_inner")                     # whose peer autotunes
 
 
@@ -206,7 +207,7 @@ def _sweeps() -> Iterable[Workload]:
         yield ssd("mamba2_inner", **cut)
 
 
-def random_workloads(op: str, count: int = 60, seed: int = 20261122) -> list[Workload]:
+def random_workloads(op: str, count: int = RANDOM_SHAPES, seed: int = 20261122) -> list[Workload]:
     """Seeded shapes for one op, of a size a model could have: no multiples are favoured.
 
     Those of the SSD share five P, N: two in multiples of 16, what its peer is made for, and three drawn like everything
@@ -248,9 +249,14 @@ WORKLOADS: tuple[Workload, ...] = (*_must_scan(), *_must_ssd(), *_must_conv(), *
                                    *(row for op in RANDOM_OPS for row in random_workloads(op)))
 
 
-def workloads(*ops: str, tables: Iterable[str] = TABLES) -> list[Workload]:
-    """The rows of some ops (all when none is named), in the order they are measured: targets first."""
+def workloads(*ops: str, tables: Iterable[str] = TABLES, random_shapes: int = RANDOM_SHAPES) -> list[Workload]:
+    """The rows of some ops (all when none is named), in the order they are measured: targets first.
+
+    random_shapes: how many of each op's random shapes, the first ones.
+    """
+    drawn = {id(row): index for op in RANDOM_OPS
+             for index, row in enumerate(row for row in WORKLOADS if row.table == "random" and row.op == op)}
     chosen = [row for table in tables for row in WORKLOADS
-              if row.table == table and (not ops or row.op in ops)]
+              if row.table == table and (not ops or row.op in ops) and drawn.get(id(row), 0) < random_shapes]
     unique = {row.name: row for row in reversed(chosen)}          # a sweep may pass through a target's shape
     return [row for row in chosen if unique[row.name] is row]

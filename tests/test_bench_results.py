@@ -58,6 +58,8 @@ def test_targets_come_first_and_random_shapes_are_the_same_every_time():
     assert tables == sorted(tables, key=workloads.TABLES.index)
     assert workloads.random_workloads("ssd") == workloads.random_workloads("ssd")
     assert len(workloads.random_workloads("selective_scan")) == 60
+    few = workloads.workloads("ssd", "conv1d", tables=["random"], random_shapes=7)
+    assert few == [*workloads.random_workloads("ssd")[:7], *workloads.random_workloads("conv1d")[:7]]
 
 
 # ---- one row, on the CPU
