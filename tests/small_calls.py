@@ -155,6 +155,27 @@ def steps() -> Iterator[Call]:
     yield channels(640, 16, BF16, BF16, 16)
 
 
+def mixer_steps() -> Iterator[Call]:
+    for dtype in (F32, BF16):
+        for heads, headdim, groups, dstate in ((4, 16, 2, 32), (7, 13, 1, 101), (3, 64, 1, 128), (5, 16, 1, 0)):
+            inner, steps = heads * headdim, heads if dstate else 0
+            channels = inner + 2 * groups * dstate
+            yield (f"H{heads} P{headdim} N{dstate} {dtype}", "step_mixer",
+                   [normal(3, inner + channels + steps + 3, dtype=dtype), normal(5, channels, 4, dtype=dtype, last=1),
+                    normal(5, heads, headdim, dstate, dtype=dtype) if dstate else None,
+                    normal(channels, 4, dtype=dtype), normal(channels, dtype=dtype), normal(heads) if dstate else None,
+                    negative(heads) if dstate else None, normal(heads), normal(inner, dtype=dtype), groups,
+                    integers(*torch.randint(groups, (heads,)).tolist()), [inner - 8, 8], [1e-5, 1e-5], False, 0.0,
+                    math.inf, None, integers(4, -1, 0)])
+        for channels, dstate, rank in ((129, 16, 9), (64, 5, 4)):
+            yield (f"D{channels} N{dstate} R{rank} {dtype}", "mamba_inner_step",
+                   [normal(3, 2 * channels, dtype=dtype), normal(5, channels, 4, dtype=dtype, last=1),
+                    normal(5, channels, dstate, dtype=dtype), normal(channels, 4, dtype=dtype),
+                    normal(channels, dtype=dtype), normal(rank + 2 * dstate, channels, dtype=dtype),
+                    normal(channels, rank, dtype=dtype), normal(channels), negative(channels, dstate), normal(channels),
+                    None, None, integers(4, -1, 0)])
+
+
 def removed() -> Iterator[Call]:
     for dtype in (F32, F16, BF16):
         for width, length, segments in ((4, 37, [80]), (3, 5, [16, 40, 24]), (2, 140, [640]), (1, 3, []), (4, 1, [80])):
@@ -168,7 +189,7 @@ def removed() -> Iterator[Call]:
 
 def calls(backend: str) -> Iterator[Call]:
     """An op that a backend lacks is not called."""
-    makers: list[Callable[[], Iterator[Call]]] = [scans, convolutions, norms, steps, removed]
+    makers: list[Callable[[], Iterator[Call]]] = [scans, convolutions, norms, steps, mixer_steps, removed]
     for make in makers:
         yield from make()
     yield from ssds((F16, BF16) if backend == "cuda" else (F32, BF16))
