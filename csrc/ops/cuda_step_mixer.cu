@@ -15,7 +15,7 @@ namespace {
 constexpr const char *kMixerOp = "step_mixer";
 constexpr int64_t kMostStates = 8192;                        // G N: B and C of all groups lie in shared memory
 
-// CTAs of a cluster: as many as fill the GPU, of two CTAs a multiprocessor, but each with work for its threads.
+// CTAs of a cluster: as many as the GPU runs in two turns, but each with work for its threads.
 int ranks_for(int64_t batch, int64_t rows, int64_t lanes, int32_t device) {
     const int64_t places = 2 * multiprocessors(device);
     const int64_t tasks = std::max<int64_t>(rows * lanes / (kMixerThreads / 2), 1);
