@@ -270,7 +270,8 @@ def plot(folder: Path, target: Path) -> None:
             panel.plot([size for size, _ in seen], [share for _, share in seen], marker=marker, color=colour, ms=4,
                        lw=1, label=name)
         panel.axhline(1, color="0.85", lw=1, zorder=0)
-        panel.set(title=f"{op.replace('_', ' ')}: {axis}", xlim=(0, None))
+        panel.set(title=f"{op.replace('_', ' ')}: {axis}")
+        panel.set_xlim(0, 1.04 * max((size for size, _ in points), default=1))
     axes[0][0].set_ylim(bottom=0)                       # once all points are there: the panels share it
     axes[0][0].legend(frameon=False, loc="lower right")
     for row in axes:
