@@ -76,6 +76,11 @@ def test_rows_on_the_grid_are_written_16_bytes_at_a_time(opcodes, family):
     _assert_all_have(opcodes, family, "STG.E.128")
 
 
+@pytest.mark.parametrize("opcode", ["HGMMA", "UTMALDG"])
+def test_ssd_multiplies_by_wgmma_what_tma_brings(opcodes, opcode):
+    _assert_all_have(opcodes, "7ssd_fwd", opcode)
+
+
 def _assert_all_have(opcodes: dict[str, Counter[str]], family: str, opcode: str) -> None:
     without = [kernel for kernel, counts in opcodes.items()
                if family in kernel and not any(one.startswith(opcode) for one in counts)]

@@ -16,7 +16,7 @@ pytestmark = [
 
 # RMS error over RMS of the result: operands of the products and the output are rounded to 8 and 11 bits.
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 4e-3}
-VARIANTS = [(1, 1), (2, 2), (1, -3)]                        # heads in a CTA, segments (negative: concurrent)
+SEGMENTS = [1, 3]                                           # of a sequence, walked along at once; 1: shares of all
 
 
 def inputs(batch=2, length=130, heads=7, headdim=64, dstate=128, dtype=torch.bfloat16, *, groups=None, odd=False,
@@ -52,12 +52,12 @@ def error(got, want):
     return ((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt()).item()
 
 
-def run(case, heads_per_cta=0, segments=0):
-    return cuda.ssd(*case.values(), heads_per_cta=heads_per_cta, segments=segments)
+def run(case, segments=0):
+    return cuda.ssd(*case.values(), segments=segments)
 
 
-def assert_matches(case, *variant):
-    y, final = run(case, *variant)
+def assert_matches(case, segments=0):
+    y, final = run(case, segments)
     double = {name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
               for name, value in case.items()}
     limit = double.pop("dt_min"), double.pop("dt_max")
@@ -79,11 +79,11 @@ def poisoned_outputs(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (60, 100), (61, 101), (56, 104), (48, 96), (13, 5),
                                                  (32, 64), (1, 1), (64, 80), (8, 17)])
-def test_matches_the_recurrence_at_any_size(headdim, dstate, variant):
-    assert_matches(inputs(length=600, headdim=headdim, dstate=dstate), *variant)
+def test_matches_the_recurrence_at_any_size(headdim, dstate, segments):
+    assert_matches(inputs(length=600, headdim=headdim, dstate=dstate), segments)
 
 
 @pytest.mark.parametrize(("headdim", "dstate"), [(100, 32), (128, 128), (64, 256), (61, 131), (256, 192)])
@@ -97,19 +97,19 @@ def test_matches_the_recurrence_for_any_length_and_number_of_heads(length, heads
     assert_matches(inputs(1, length, heads, 61, 101))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (13, 12)])
-def test_views_at_odd_elements_and_every_extra(headdim, dstate, dtype, variant):
+def test_views_at_odd_elements_and_every_extra(headdim, dstate, dtype, segments):
     assert_matches(inputs(length=333, headdim=headdim, dstate=dstate, dtype=dtype, odd=True, z=True, initial=True,
-                          packed=True, channel_D=True, limit=(0.05, 0.4)), *variant)
+                          packed=True, channel_D=True, limit=(0.05, 0.4)), segments)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("groups", [[0, 0, 0, 0, 1, 1, 1, 1], [3, 0, 2, 0, 0, 2, 2, 3, 0, 2, 0], list(range(8)),
                                     [1, 1, 1]])
-def test_heads_read_any_group(groups, variant):
-    assert_matches(inputs(length=520, heads=len(groups), headdim=56, dstate=104, groups=groups), *variant)
+def test_heads_read_any_group(groups, segments):
+    assert_matches(inputs(length=520, heads=len(groups), headdim=56, dstate=104, groups=groups), segments)
 
 
 def test_a_strong_decay_costs_later_tokens_no_digits():
@@ -135,10 +135,10 @@ def test_strides_are_arbitrary():
 def test_runs_on_the_current_stream_and_in_a_graph():
     case = inputs(length=1500)
     graph = torch.cuda.CUDAGraph()
-    want, _ = run(case, 1, -3)
+    want, _ = run(case, 3)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):                           # capture happens on a side stream
-        y, _ = run(case, 1, -3)
+        y, _ = run(case, 3)
     for _ in range(3):                                      # tickets start at zero each time
         y.fill_(torch.nan)
         graph.replay()
@@ -146,21 +146,43 @@ def test_runs_on_the_current_stream_and_in_a_graph():
     assert torch.equal(y, want)
 
 
-def test_segments_in_turn_change_nothing():
-    case = inputs(4, 2048, 80)
-    want = run(case, 2, 1)
-    for segments in (2, 5):
-        got = run(case, 2, segments)
-        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101)])
+def test_a_head_cut_in_halves_gives_the_same(headdim, dstate):
+    case = inputs(4, 650, 80, headdim, dstate, initial=True)         # 320 heads: 56 more than an H200 holds at once
+    y, final = run(case)
+    for entry in range(4):                                           # 80 heads: each whole, by a CTA of its own
+        alone = {name: case[name][entry:entry + 1] for name in ("x", "dt", "B", "C", "initial_states")}
+        want_y, want_final = run(case | alone)
+        assert torch.equal(y[entry:entry + 1], want_y) and torch.equal(final[entry:entry + 1], want_final)
+    assert_matches(case)
 
 
 def test_concurrent_segments_give_the_same_each_time():
     case = inputs(2, 2000, 80)
-    want = run(case, 1, -5)
+    want = run(case, 5)
     for _ in range(3):
-        got = run(case, 1, -5)
+        got = run(case, 5)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    assert error(want[1], run(case, 1, 1)[1].double()) < 1e-4        # states are fp32, only added in another order
+    assert error(want[1], run(case, 1)[1].double()) < 1e-4           # states are fp32, only added in another order
+
+
+@pytest.mark.parametrize("padding", [2, 8])                          # elements before and behind each row
+@pytest.mark.parametrize(("headdim", "dstate"), [(61, 101), (60, 104), (64, 96), (40, 20)])
+def test_neighbours_in_memory_do_not_matter(headdim, dstate, padding):
+    case = inputs(2, 200, 4, headdim, dstate, z=True)
+    for name in ("x", "z", "B", "C"):
+        values = case[name]
+        wider = *values.shape[:-1], values.shape[-1] + 2 * padding
+        around = torch.full(wider, torch.nan, dtype=values.dtype, device="cuda")
+        case[name] = around[..., padding:-padding].copy_(values)
+    assert_matches(case)
+
+
+@pytest.mark.parametrize("name", ["x", "B", "C"])
+def test_a_time_stride_of_zero(name):
+    case = inputs(1, 100, 3, 32, 64)
+    case[name] = case[name][:, :1].expand_as(case[name])
+    assert_matches(case)
 
 
 def test_a_prefill_in_pieces_matches_one_call():
@@ -175,15 +197,16 @@ def test_a_prefill_in_pieces_matches_one_call():
     assert error(torch.cat(pieces, 1), whole[0].double()) < apart and error(state, whole[1].double()) < apart
 
 
-def test_elements_beyond_two_to_the_31_are_reached():
+@pytest.mark.parametrize("pitch", [2**25, 2**31 // 60])               # a multiple of 16 bytes, and none
+def test_elements_beyond_two_to_the_31_are_reached(pitch):
     if torch.cuda.mem_get_info()[0] < 30e9:
         pytest.skip("needs 30 GB of free GPU memory")
     case = inputs(1, 96, 2, 64, 64)
-    wide = torch.zeros(96, 2**31 // 60, dtype=torch.bfloat16, device="cuda")        # time stride times 60 is 2^31
+    wide = torch.zeros(96, pitch, dtype=torch.bfloat16, device="cuda")
     wide[:, :128] = case["x"].flatten(0, 1).flatten(1)
     want = run(case)
     got = run(case | {"x": wide[:, :128].unflatten(1, (2, 64))[None]})
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert error(got[0], want[0].double()) < 2e-3 and error(got[1], want[1].double()) < 2e-3     # sums in another order
 
 
 def test_what_it_does_not_do_is_refused_by_name():

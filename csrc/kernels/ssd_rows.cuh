@@ -1,7 +1,4 @@
-// Rows of SSD's operands and of y between memory and tiles of shared memory, by the 128 threads of a warpgroup.
-//
-// Rows in: cp.async of 16, 8 or 4 bytes, as wide as the start of every row allows. Rows that start at odd elements are
-// copied by the aligned words around them, then shifted by one element where they lie.
+// Rows of SSD's tiles in shared memory: shifted to the first column, and y to memory.
 
 #pragma once
 
@@ -12,120 +9,88 @@
 
 namespace shedder {
 
-struct SsdRows {                                             // rows of one operand for a chunk
-    const char *first;
-    int64_t stride;                                          // bytes
-    int count, bytes;                                        // rows that exist; bytes of each
-};
+// The row of a tile that holds token i of a chunk, and the other way round, where rows come in turns of 8 tokens.
+__host__ __device__ constexpr int turned(int i) { return (i & 7) << 3 | i >> 3; }
 
-constexpr int lanes_of(int pieces) {                         // the next power of two
-    int lanes = 1;
-    while (lanes < pieces) lanes *= 2;
-    return lanes;
-}
-
-// What of a row's start is not a whole word: 2 bytes, or none.
-__device__ __forceinline__ int skew_of(const char *row) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(row) & 2);
-}
-
-template <int kBytes, int kRowBytes>
-__device__ __forceinline__ void copy_rows_by(uint32_t tile, const SsdRows &rows, unsigned thread) {
-    constexpr int kLanes = lanes_of(kRowBytes / kBytes) < 64 ? lanes_of(kRowBytes / kBytes) : 64, kStep = 128 / kLanes;
-    const int row0 = static_cast<int>(thread / kLanes);
-    const char *const first = rows.first + row0 * rows.stride;
-    const int skew = kBytes == 4 ? skew_of(first) : 0;       // of all rows of this thread, since kStep is even
+// Rows of a tile moved to its first column from column `skew`, below 8; `rest` has the 8 columns behind each row. A
+// warp moves 8 rows, a lane a quarter of one.
+__device__ __forceinline__ void shift_rows(char *tile, const char *rest, int row, int quarter, int skew) {
+    if (skew == 0) return;
+    uint4 *const to[2] = {reinterpret_cast<uint4 *>(tile + tile_offset(row, quarter * 32)),
+                          reinterpret_cast<uint4 *>(tile + tile_offset(row, quarter * 32 + 16))};
+    const uint4 a = *to[0], b = *to[1];
+    const uint4 c = *reinterpret_cast<const uint4 *>(quarter == 3 ? rest + row * 16
+                                                                  : tile + tile_offset(row, quarter * 32 + 32));
+    __syncwarp();
+    uint32_t v[12] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
+    if (skew & 4)
 #pragma unroll
-    for (int group = 0; group < kRowBytes; group += kLanes * kBytes) {
-        const int byte = group + thread % kLanes * kBytes;
-        if (byte >= kRowBytes) break;
-        const int valid = min(max(skew + rows.bytes - byte, 0), kBytes);
-        const char *from = first - skew + (valid > 0 ? byte : 0);
-        const uint32_t to = tile + tile_offset(row0, byte);
-#pragma unroll 2
-        for (int i = 0; i < kTileRows; i += kStep) {
-            // Adding i to row0 turns bits of row % 8 only where row0 has none: kStep is a power of two.
-            copy_async<kBytes>((to ^ (i & 7) << 4) + i * 128, from, row0 + i < rows.count ? valid : 0);
-            from += kStep * rows.stride;
-        }
-    }
-}
-
-template <int kRowBytes>
-__device__ __forceinline__ void copy_rows(uint32_t tile, const SsdRows &rows, int width, unsigned thread) {
-    if (width == 16) copy_rows_by<16, kRowBytes>(tile, rows, thread);
-    else if (width == 8) copy_rows_by<8, kRowBytes>(tile, rows, thread);
-    else copy_rows_by<4, kRowBytes>(tile, rows, thread);
-}
-
-// Every row that copy_rows found to start at an odd element: all rows, every second one, or none. 16 bytes a lane.
-template <int kRowBytes>
-__device__ __forceinline__ void shift_odd_rows(char *tile, const SsdRows &rows, unsigned thread) {
-    constexpr int kLanes = lanes_of(kRowBytes / 16);
-    const bool first_is_odd = skew_of(rows.first) != 0, in_turns = rows.stride & 2;
-    if (!first_is_odd && !in_turns) return;
-    const int byte = thread % kLanes * 16;
-#pragma unroll 2
-    for (int i = thread / kLanes; i < (in_turns ? kTileRows / 2 : kTileRows); i += 128 / kLanes) {
-        const int row = in_turns ? 2 * i + !first_is_odd : i;
-        uint4 v{};
-        uint32_t next = 0;
-        if (byte < kRowBytes) {
-            v = *reinterpret_cast<const uint4 *>(tile + tile_offset(row, byte));
-            if (byte + 16 < kRowBytes)
-                next = *reinterpret_cast<const uint32_t *>(tile + tile_offset(row, byte + 16));
-            else if (rows.bytes == kRowBytes && row < rows.count)    // a full row: its last element has not been copied
-                next = *reinterpret_cast<const uint16_t *>(rows.first + row * rows.stride + kRowBytes - 2);
-        }
-        __syncwarp();                                        // a row lies with one warp
-        if (byte < kRowBytes)
-            *reinterpret_cast<uint4 *>(tile + tile_offset(row, byte)) = {
-                __funnelshift_r(v.x, v.y, 16), __funnelshift_r(v.y, v.z, 16), __funnelshift_r(v.z, v.w, 16),
-                __funnelshift_r(v.w, next, 16)};
-    }
+        for (int i = 0; i < 10; ++i) v[i] = v[i + 2];
+    if (skew & 2)
+#pragma unroll
+        for (int i = 0; i < 9; ++i) v[i] = v[i + 1];
+    if (skew & 1)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = __funnelshift_r(v[i], v[i + 1], 16);
+    *to[0] = {v[0], v[1], v[2], v[3]};
+    *to[1] = {v[4], v[5], v[6], v[7]};
 }
 
 // The y of one head and chunk from its tile to memory: rows of `channels` elements, `stride` bytes apart.
-template <int kBytes>
+template <bool kTurns, int kBytes>
 __device__ __forceinline__ void store_aligned_rows(char *y, int64_t stride, const char *tile, int rows, int channels,
                                                    unsigned thread) {
     using Piece = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
-    constexpr int kLanes = 128 / kBytes, kStep = 128 / kLanes;
+    constexpr int kLanes = 128 / kBytes, kStep = 64 / kLanes;
     const int byte = thread % kLanes * kBytes, row0 = static_cast<int>(thread / kLanes);
     if (byte >= channels * 2) return;
     char *to = y + row0 * stride + byte;
-    const uint32_t at = tile_offset(row0, byte);
-#pragma unroll
+    const uint32_t at = tile_offset(kTurns ? turned(row0) : row0, byte);
+#pragma unroll 4
     for (int i = 0; i < kTileRows; i += kStep) {
-        if (row0 + i < rows)
-            *reinterpret_cast<Piece *>(to) = *reinterpret_cast<const Piece *>(tile + (at ^ (i & 7) << 4) + i * 128);
+        const int row = kTurns ? turned(i) : i;              // bits of `row0` or of `i`, none of both
+        const Piece v = *reinterpret_cast<const Piece *>(tile + (at ^ (row & 7) << 4) + row * 128);
+        if (row0 + i < rows) *reinterpret_cast<Piece *>(to) = v;
         to += kStep * stride;
     }
 }
 
 // Rows of an odd number of channels: the aligned words around them, halves at their ends.
+template <bool kTurns>
 __device__ __forceinline__ void store_odd_rows(char *y, int64_t stride, const char *tile, int rows, int channels,
                                                unsigned thread) {
     const int lane = thread % 32, row0 = thread / 32;
     char *to = y + row0 * stride;
-    const int byte = lane * 4 - skew_of(to);                 // of the row, at which this lane's word lies
+    const int byte = lane * 4 - static_cast<int>(reinterpret_cast<uintptr_t>(to) & 2);   // of the row: this lane's word
     const bool low = byte >= 0 && byte < channels * 2, high = byte + 2 < channels * 2;
-    const uint32_t low_at = tile_offset(row0, max(byte, 0)), high_at = tile_offset(row0, min(byte + 2, 126));
+    const int first = kTurns ? turned(row0) : row0;
+    const uint32_t low_at = tile_offset(first, max(byte, 0)), high_at = tile_offset(first, min(byte + 2, 126));
     to += byte;
 #pragma unroll 4
-    for (int i = 0; i < kTileRows; i += 4) {
-        if (row0 + i < rows) {
-            const uint32_t v = *reinterpret_cast<const uint16_t *>(tile + (low_at ^ (i & 7) << 4) + i * 128);
-            const uint32_t w = *reinterpret_cast<const uint16_t *>(tile + (high_at ^ (i & 7) << 4) + i * 128);
-            if (low && high) *reinterpret_cast<uint32_t *>(to) = v | w << 16;
-            else if (low) *reinterpret_cast<uint16_t *>(to) = static_cast<uint16_t>(v);
-            else if (high) *reinterpret_cast<uint16_t *>(to + 2) = static_cast<uint16_t>(w);
-            if (channels == 64 && byte == 122)               // the 65th half word
-                *reinterpret_cast<uint16_t *>(to + 4) =
-                    *reinterpret_cast<const uint16_t *>(tile + tile_offset(row0 + i, 126));
-        }
-        to += 4 * stride;
+    for (int i = 0; i < kTileRows; i += 2) {                 // an even number of rows on, so words lie alike
+        const int row = kTurns ? turned(i) : i;
+        const uint32_t v = *reinterpret_cast<const uint16_t *>(tile + (low_at ^ (row & 7) << 4) + row * 128);
+        const uint32_t w = *reinterpret_cast<const uint16_t *>(tile + (high_at ^ (row & 7) << 4) + row * 128);
+        const bool exists = row0 + i < rows;
+        if (exists && low && high) *reinterpret_cast<uint32_t *>(to) = v | w << 16;
+        if (exists && low && !high) *reinterpret_cast<uint16_t *>(to) = static_cast<uint16_t>(v);
+        if (exists && !low && high) *reinterpret_cast<uint16_t *>(to + 2) = static_cast<uint16_t>(w);
+        to += 2 * stride;
     }
+    // 64 channels from the middle of a word end in a 33rd word.
+    const int last = static_cast<int>(thread);
+    if (channels == 64 && last < min(rows, kTileRows) && reinterpret_cast<uintptr_t>(y + last * stride) & 2)
+        *reinterpret_cast<uint16_t *>(y + last * stride + 126) =
+            *reinterpret_cast<const uint16_t *>(tile + tile_offset(kTurns ? turned(last) : last, 126));
+}
+
+template <bool kTurns>
+__device__ __forceinline__ void store_rows(char *y, int64_t stride, const char *tile, int rows, int channels,
+                                           int headdim, unsigned thread) {
+    if (headdim % 8 == 0) store_aligned_rows<kTurns, 16>(y, stride, tile, rows, channels, thread);
+    else if (headdim % 4 == 0) store_aligned_rows<kTurns, 8>(y, stride, tile, rows, channels, thread);
+    else if (headdim % 2 == 0) store_aligned_rows<kTurns, 4>(y, stride, tile, rows, channels, thread);
+    else store_odd_rows<kTurns>(y, stride, tile, rows, channels, thread);
 }
 
 }  // namespace shedder

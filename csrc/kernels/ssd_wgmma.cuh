@@ -1,5 +1,5 @@
 // The tensor core of Hopper, as SSD uses it: wgmma with 16-bit operands and fp32 sums, tiles of 64 rows of 128 bytes
-// in the 128-byte swizzle, asynchronous copies into them, and fragments moved between registers and shared memory.
+// in the 128-byte swizzle, boxes of tensor maps copied into them, fragments moved between registers and shared memory.
 //
 // One tile serves both ways round: rows as the reduced dimension ("transposed", MN-major) or as the other (K-major).
 
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -112,26 +113,34 @@ __device__ __forceinline__ void wgmma_ss(float *d, uint64_t a, uint64_t b, bool 
 #undef SHEDDER_WGMMA_RS
 #undef SHEDDER_BY_WIDTH
 
-// kBytes of global memory to shared memory, of which those beyond `valid` are zero and not read.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(uint32_t to, const char *from, int valid) {
-    if constexpr (kBytes == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(valid)
-                     : "memory");
+// A box of a tensor map to shared memory, first column first; its bytes count for `barrier`. By one thread.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int column, int row, int batch,
+                                         uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%2, %3, %4}], [%5];"
+                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(batch), "r"(barrier) : "memory");
 }
-__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int column, int row, int group, int batch,
+                                         uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%2, %3, %4, %5}], [%6];"
+                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(group), "r"(batch), "r"(barrier) : "memory");
+}
 
 // A barrier in shared memory completes a phase, of parity 0, 1, 0, ..., when `count` arrivals have come.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
+// Barriers just initialized are seen by copies of boxes.
+__device__ __forceinline__ void barriers_are_there() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {      // of this thread
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {        // more, in this phase
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
@@ -156,6 +165,12 @@ __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.as
 __device__ __forceinline__ void warpgroup_barrier(int id) {
     asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
 }
+
+// Named barriers of 192 threads: some arrive, others wait for all.
+template <int kId>
+__device__ __forceinline__ void barrier_arrive_at() { asm volatile("bar.arrive %0, 192;" ::"n"(kId) : "memory"); }
+template <int kId>
+__device__ __forceinline__ void barrier_sync_at() { asm volatile("bar.sync %0, 192;" ::"n"(kId) : "memory"); }
 
 // Four 8 x 8 blocks; lane l gives the address of row l % 8 of block l / 8.
 __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t address) {

@@ -20,7 +20,7 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
          const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
          bool dt_softplus, double dt_min, double dt_max, const Tensor &head_to_group,
          const std::optional<Tensor> &initial_states, const std::optional<Tensor> &runs, Tensor y,
-         Tensor final_states, int64_t heads_per_cta, int64_t segments);
+         Tensor final_states, int64_t segments);
 
 void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
                   const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,

@@ -137,7 +137,7 @@ Outputs mamba_chunk_scan_combined(const Tensor &x, const Tensor &dt, const Tenso
         const Tensor y = empty(x, x.scalar_type(), x.sizes());
         const Tensor states = empty(x, ScalarType::Float, {x.size(0), x.size(2), x.size(3), B.size(3)});
         ssd(x, dt, as_float(A), B, C, as_float(D), z, as_float(dt_bias), dt_softplus, dt_min, dt_max, head_to_group,
-            initial_states, std::nullopt, y, states, 0, 0);
+            initial_states, std::nullopt, y, states, 0);
         return {y, return_final_states ? MaybeTensor(states) : std::nullopt};
     });
 }
@@ -186,7 +186,7 @@ Outputs mamba_split_conv1d_scan_combined(const Tensor &zxbcdt, const Tensor &con
         ssd(view(xBC, 0, by_head, {length * pitch, pitch, headdim, 1}),
             view(zxbcdt, inner + channels, {batch, length, heads}, {entry, row, 1}), as_float(A),
             of_groups(inner), of_groups(inner + states), MaybeTensor(as_float(D)), z, as_float(dt_bias), true, dt_min,
-            dt_max, head_to_group, initial_states, std::nullopt, y, final_states, 0, 0);
+            dt_max, head_to_group, initial_states, std::nullopt, y, final_states, 0);
 
         Tensor out = view(y, 0, {batch, length, inner}, {length * inner, inner, 1});
         if (norm_weight) {

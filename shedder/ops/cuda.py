@@ -87,9 +87,9 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-        initial_states: Tensor | None, seq_idx: Tensor | None, *, heads_per_cta: int = 0, segments: int = 0,
+        initial_states: Tensor | None, seq_idx: Tensor | None, *, segments: int = 0,
         ) -> tuple[Tensor, Tensor]:
-    """(y, final_states); see shedder.reference.ssd. heads_per_cta and segments: 0 lets the launcher choose."""
+    """(y, final_states); see shedder.reference.ssd. segments of a sequence: 0 lets the launcher choose."""
     reason = _supports_ssd(dtype=x.dtype, dstate=B.shape[-1], headdim=x.shape[-1])
     if reason is not None:
         raise ValueError(reason)
@@ -102,7 +102,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
         None if z is None else _rows(z, x.dtype), _float(dt_bias), dt_softplus, dt_min, dt_max,
         head_to_group.to(torch.int32).contiguous(),
         None if initial_states is None else initial_states.float().contiguous(),
-        None if seq_idx is None else sequence_runs(seq_idx), y, final_states, heads_per_cta, segments)
+        None if seq_idx is None else sequence_runs(seq_idx), y, final_states, segments)
     return y, final_states
 
 
