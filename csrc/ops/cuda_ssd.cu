@@ -1,4 +1,4 @@
-// Launcher of SSD: checks, chooses the segments of the sequence, launches.
+// Launcher of SSD: checks, makes the tensor maps, deals heads or segments of them to CTAs, launches.
 
 #include <algorithm>
 #include <optional>
