@@ -232,7 +232,8 @@ __global__ void __launch_bounds__(kMixerThreads) step_mixer_rows(const __grid_co
         for (int i = 0; i < kRows; ++i) {
             const int r = base + i * subs;
             const bool exists = r < rows;
-            const float2 rate = rates[exists ? r : 0];
+            float2 rate{};
+            if (exists) rate = rates[r];                     // no other row's: its sum may be coming in
             const int group = p.groups > 1 ? group_of[exists ? r : 0] : 0;
             if (held_group != group) {
                 held_group = group;
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(kMixerThreads) step_mixer_rows(const __grid_co
 #pragma unroll
             for (int i = 0; i < kRows; ++i) sum[i] += __shfl_xor_sync(kAll, sum[i], offset);
         }
-        // The lanes of a row are of one warp, and have read what stood here.
+        __syncwarp();                                        // the lanes of a row have read what stood here
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
             if (const int r = base + i * subs; lane == 0 && r < rows) rates[r].y = sum[i];
