@@ -192,6 +192,13 @@ __global__ void __launch_bounds__(kConvThreads, kFull && !kPacked && sizeof(T) =
     }
     float taps[kMaxWidth][kCount], bias[kCount];
     load_conv_taps<kFull>(p, [&](int i) { return first + Lane::place(i); }, taps, bias);
+    const float part = p.silu ? 0.5f : 1.f;                  // silu_of_half takes half of a sum
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        bias[i] *= part;
+#pragma unroll
+        for (int k = 0; k < kMaxWidth; ++k) taps[k][i] *= part;
+    }
 
     // Packed sequences: the names of the next tokens say which outputs the newest input reaches.
     int names[kUnroll + kHistory] = {};
@@ -237,7 +244,13 @@ __global__ void __launch_bounds__(kConvThreads, kFull && !kPacked && sizeof(T) =
             add(next[s], names + s, carried, sums[s]);
             next[s].fetch(from + s * p.x_strides.time, t + kUnroll + s < end);
         }
-        conv_activate<T>(p, sums);
+        if (p.silu) {                                        // one branch, so that the chains of instructions overlap
+#pragma unroll
+            for (int s = 0; s < kUnroll; ++s) {
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) sums[s][i] = silu_of_half<T>(sums[s][i]);
+            }
+        }
 #pragma unroll
         for (int s = 0; s < kUnroll; ++s) {
             if constexpr (kPacked) {

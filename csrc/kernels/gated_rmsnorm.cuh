@@ -4,8 +4,9 @@
 //   y = norm(x silu(z))   or   norm(x) silu(z)
 //
 // A CTA owns whole rows, one after another. kLanes neighbouring lanes form a group that owns the same columns of one
-// segment in each row, kVectors times 16 bytes for a lane, so that weights stay in registers; the next row is on its way
-// while this one is reduced, and between the sum and the scaling a row lives in registers. Each group has one partial sum.
+// segment in each row, kVectors times 16 bytes for a lane, so that weights stay in registers; the next row is on its
+// way while this one is reduced, and between the sum and the scaling a row lives in registers. Each group has one partial
+// sum.
 // Rows and segments off the 16-byte grid: the launcher makes the distance between a CTA's rows a multiple of 16 bytes,
 // so that they all lie alike, and the groups of a segment start at the grid point at or before it.
 // Bound: bytes of x, z and y.
@@ -85,16 +86,14 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
         return kGrid == Grid::kWhole || (kGrid == Grid::kSame && own[v] == kOwnsAll);
     };
     RowVector<T, kCount, kGrid> next_x[kVectors], next_z[kVectors];
-    const auto load = [&](int64_t row) {
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-            // No branch here: what follows one waits for its loads.
-            const bool exists = own[v] != 0 && row < p.rows && (row < p.inner_rows || stays_inside(v));
-            next_x[v].fetch(x + row * p.x_row_stride + column[v], exists);
-            next_z[v].fetch(z + row * p.z_row_stride + column[v], exists && z != nullptr);
-        }
+    const auto load = [&](int64_t row, int v) {
+        // No branch here: what follows one waits for its loads.
+        const bool exists = own[v] != 0 && row < p.rows && (row < p.inner_rows || stays_inside(v));
+        next_x[v].fetch(x + row * p.x_row_stride + column[v], exists);
+        next_z[v].fetch(z + row * p.z_row_stride + column[v], exists && z != nullptr);
     };
-    load(blockIdx.x);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) load(blockIdx.x, v);
 
     int phase = 0;
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, phase ^= 1) {
@@ -121,8 +120,8 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
                 for (int i = 0; i < kCount; ++i)
                     if (!owns(v, i)) value[v][i] = 0.f;
             }
+            load(row + gridDim.x, v);
         }
-        load(row + gridDim.x);
 
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {

@@ -57,13 +57,14 @@ union Packed {
 };
 
 // to = *from where it exists. One predicated instruction: written as a branch, the compiler merges the old value by
-// moves that wait for the load.
+// moves that wait for the load. 16 bytes: each word is read once; no .nc, which the assembler may put off until after a
+// barrier. Less: neighbouring warps share lines, so that the L1 keeps them.
 __device__ inline void load_if(bool exists, uint4 &to, const void *from) {
     asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
                  : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w) : "l"(from), "r"(static_cast<unsigned>(exists)));
 }
 __device__ inline void load_if(bool exists, uint2 &to, const void *from) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
                  : "+r"(to.x), "+r"(to.y) : "l"(from), "r"(static_cast<unsigned>(exists)));
 }
 __device__ inline void load_if(bool exists, uint16_t &to, const void *from) {
