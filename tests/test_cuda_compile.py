@@ -53,7 +53,8 @@ def known(family: str, reason: str) -> object:
 
 
 FAMILIES = ["selective_scan_fwd", "selective_scan_tiled", "selective_scan_quads", "gated_rmsnorm", "state_update",
-            "ssd_fwd", "causal_conv1d", "removed_ssm", "step_mixer", "mamba_inner_step"]
+            "ssd_fwd", "ssd_mma", "selective_scan_complex", "causal_conv1d", "removed_ssm", "step_mixer",
+            "mamba_inner_step"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,6 +64,11 @@ def test_no_kernel_spills_or_keeps_an_array_in_local_memory(opcodes, family):
     local = {kernel: count for kernel, counts in kernels.items()
              if (count := sum(n for opcode, n in counts.items() if opcode.startswith(("LDL", "STL"))))}
     assert not local, "loads and stores of local memory: " + ", ".join(f"{k} {n}" for k, n in local.items())
+
+
+@pytest.mark.parametrize(("family", "opcode"), [("ssd_fwd", "HGMMA"), ("ssd_mma", "HMMA")])
+def test_products_are_done_by_the_tensor_core(opcodes, family, opcode):
+    _assert_all_have(opcodes, family, opcode)
 
 
 @pytest.mark.parametrize("family", ["selective_scan_quads", "selective_scan_tiled"])

@@ -211,5 +211,5 @@ def test_elements_beyond_two_to_the_31_are_reached(pitch):
 
 def test_what_it_does_not_do_is_refused_by_name():
     case = inputs(1, 8, 2, 8, 8)
-    with pytest.raises(ValueError, match="float32"):
-        run(case | {"x": case["x"].float()})
+    with pytest.raises(ValueError, match="float64"):
+        run(case | {"x": case["x"].double()})

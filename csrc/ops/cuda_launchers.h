@@ -22,6 +22,13 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
          const std::optional<Tensor> &initial_states, const std::optional<Tensor> &runs, Tensor y,
          Tensor final_states, int64_t segments);
 
+// ssd for any GPU and for fp32 too; y and final_states as there.
+void ssd_portable(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
+                  const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
+                  bool dt_softplus, double dt_min, double dt_max, const Tensor &head_to_group,
+                  const std::optional<Tensor> &initial_states, const std::optional<Tensor> &runs, Tensor y,
+                  Tensor final_states);
+
 void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
                   const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
                   bool dt_softplus, const std::optional<Tensor> &head_to_group,

@@ -159,6 +159,14 @@ int processors(int device) {
     return count;
 }
 
+// Whether this device runs ssd_fwd: its instructions are those of compute capability 9.0 alone.
+bool is_hopper(int device) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return major == 9 && minor == 0;
+}
+
 // Concurrent segments of each head: where the heads leave room on the GPU for several of them at once, if that saves
 // more than it costs. By times of an H200: a chunk of a segment takes as long as 2.2 of a whole sequence, since it is
 // passed twice and shares a multiprocessor, and the hand-overs as long as 11.
@@ -229,6 +237,9 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
          const std::optional<Tensor> &initial_states, const std::optional<Tensor> &runs, Tensor y,
          Tensor final_states, int64_t segments) {
     const ScalarType dtype = x.scalar_type();
+    if (dtype == ScalarType::Float || !is_hopper(x.get_device_index()))
+        return ssd_portable(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, head_to_group, initial_states,
+                            runs, y, final_states);
     STD_TORCH_CHECK(x.dim() == 4 && B.dim() == 4, "shedder_cuda::ssd takes x (B, L, H, P), B and C (B, L, G, N)");
     const int64_t batch = x.size(0), length = x.size(1), heads = x.size(2), headdim = x.size(3);
     const int64_t groups = B.size(2), dstate = B.size(3);

@@ -62,8 +62,6 @@ def supports(op: str, **facts: Any) -> str | None:
         return f"dtype {dtype}; accepted: float32, float16, bfloat16"
     if dstate is not None and not 1 <= dstate <= 256:
         return f"dstate {dstate}; accepted: 1..256"
-    if facts.get("complex"):
-        return "the CUDA selective_scan does not do complex A"
     return None
 
 
@@ -71,9 +69,12 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
                    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
                    channel_to_group: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
     """(y, final_state); see shedder.reference.selective_scan."""
-    reason = supports("selective_scan", dtype=u.dtype, dstate=A.shape[1], complex=A.is_complex())
+    reason = supports("selective_scan", dtype=u.dtype, dstate=A.shape[1])
     if reason is not None:
         raise ValueError(reason)
+    if A.is_complex():
+        return _selective_scan_complex(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state,
+                                       channel_to_group, seq_idx)
     y = torch.empty_like(u)
     final_state = torch.empty(u.shape[0], u.shape[1], A.shape[1], dtype=torch.float32, device=u.device)
     torch.ops.shedder_cuda.selective_scan(
@@ -85,11 +86,35 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     return y, final_state
 
 
+def _selective_scan_complex(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+                            z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+                            initial_state: Tensor | None, channel_to_group: Tensor | None, seq_idx: Tensor | None,
+                            ) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(u)
+    final_state = torch.empty(u.shape[0], *A.shape, 2, dtype=torch.float32, device=u.device)
+    torch.ops.shedder_cuda.selective_scan_complex(
+        u, delta.to(u.dtype), _pairs(A), _pairs(B) if B.dim() == 2 else B.to(u.dtype),
+        _pairs(C) if C.dim() == 2 else C.to(u.dtype), _float(D), None if z is None else z.to(u.dtype),
+        _float(delta_bias), delta_softplus, None if initial_state is None else _pairs(initial_state.contiguous()),
+        None if channel_to_group is None else channel_to_group.to(torch.int32).contiguous(),
+        None if seq_idx is None else sequence_runs(seq_idx), y, final_state)
+    return y, torch.view_as_complex(final_state)
+
+
+def _pairs(t: Tensor) -> Tensor:
+    """Real and imaginary parts in a last dimension of 2."""
+    return torch.view_as_real(t.to(torch.complex64).resolve_conj())
+
+
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-        initial_states: Tensor | None, seq_idx: Tensor | None, *, segments: int = 0,
+        initial_states: Tensor | None, seq_idx: Tensor | None, *, segments: int = 0, portable: bool = False,
         ) -> tuple[Tensor, Tensor]:
-    """(y, final_states); see shedder.reference.ssd. segments of a sequence: 0 lets the launcher choose."""
+    """(y, final_states); see shedder.reference.ssd.
+
+    segments of a sequence, of the kernel for Hopper: 0 lets the launcher choose. portable: the kernel for any GPU where
+    the launcher would take that one.
+    """
     reason = _supports_ssd(dtype=x.dtype, dstate=B.shape[-1], headdim=x.shape[-1])
     if reason is not None:
         raise ValueError(reason)
@@ -97,12 +122,16 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
     final_states = torch.empty(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32, device=x.device)
     if dt.dtype != x.dtype:
         dt = dt.float()
-    torch.ops.shedder_cuda.ssd(
+    arguments = (
         _rows(x, x.dtype), dt, A.float(), _rows(B, x.dtype), _rows(C, x.dtype), _float(D),
         None if z is None else _rows(z, x.dtype), _float(dt_bias), dt_softplus, dt_min, dt_max,
         head_to_group.to(torch.int32).contiguous(),
         None if initial_states is None else initial_states.float().contiguous(),
-        None if seq_idx is None else sequence_runs(seq_idx), y, final_states, segments)
+        None if seq_idx is None else sequence_runs(seq_idx), y, final_states)
+    if portable:
+        torch.ops.shedder_cuda.ssd_portable(*arguments)
+    else:
+        torch.ops.shedder_cuda.ssd(*arguments, segments)
     return y, final_states
 
 
@@ -110,14 +139,12 @@ def _supports_ssd(device: str = "cuda", dtype: torch.dtype | None = None, dstate
                   **_: Any) -> str | None:
     if device != "cuda":
         return f"tensors on {device}; accepted: cuda"
-    if dtype is not None and dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {dtype}; the CUDA ssd accepts float16, bfloat16"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"dtype {dtype}; accepted: float32, float16, bfloat16"
     if not 1 <= dstate <= 256:
         return f"dstate {dstate}; accepted: 1..256"
     if not 1 <= headdim <= 1024:
         return f"headdim {headdim}; accepted: 1..1024"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
-        return "the CUDA ssd is written for compute capability 9.0 (Hopper)"
     return None
 
 
