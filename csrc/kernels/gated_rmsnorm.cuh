@@ -5,8 +5,8 @@
 //
 // A CTA owns whole rows, one after another. kLanes neighbouring lanes form a group that owns the same columns of one
 // segment in each row, kVectors times 16 bytes for a lane, so that weights stay in registers; the next row is on its
-// way while this one is reduced, and between the sum and the scaling a row lives in registers. Each group has one partial
-// sum.
+// way while this one is reduced, and between the sum and the scaling a row lives in registers. Each group has one
+// partial sum.
 // Rows and segments off the 16-byte grid: the launcher makes the distance between a CTA's rows a multiple of 16 bytes,
 // so that they all lie alike, and the groups of a segment start at the grid point at or before it.
 // Bound: bytes of x, z and y.
