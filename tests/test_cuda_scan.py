@@ -148,7 +148,7 @@ def test_elements_beyond_two_to_the_31_are_reached():
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
-@pytest.mark.parametrize("channels", [75, 4500, 13000])         # eight, four, two lanes to a channel
+@pytest.mark.parametrize("channels", [75, 4500, 13000])         # two warps to 8 channels, a warp to 8, to 16
 @pytest.mark.parametrize("length", [64, 100, 101])              # rows aligned to 16 bytes, to 8, to 2
 def test_matches_the_recurrence_in_every_form_of_access(dtype, layout, channels, length):
     case = inputs(2, channels, length, 11, dtype)

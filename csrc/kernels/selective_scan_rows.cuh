@@ -16,8 +16,9 @@ enum class Access : int {
     kStrided,   // one element at a time
 };
 
-struct ScanAccess {
-    Access u, delta, z, y, B, C;
+// The rows of u, delta, z and y are all accessed in the same way, those of B and C in another.
+struct ScanTileAccess {
+    Access rows, BC;
 };
 
 constexpr int kPieceSteps = 8;
@@ -26,35 +27,51 @@ template <typename Input>
 struct alignas(16) Piece {
     uint32_t word[kPieceSteps * sizeof(Input) / 4];
 
+    static __device__ float low(uint32_t pair) {
+        if constexpr (std::is_same_v<Input, __nv_bfloat16>) return __uint_as_float(pair << 16);
+        else return __low2float(*reinterpret_cast<const __half2 *>(&pair));
+    }
+    static __device__ float high(uint32_t pair) {
+        if constexpr (std::is_same_v<Input, __nv_bfloat16>) return __uint_as_float(pair & 0xffff0000u);
+        else return __high2float(*reinterpret_cast<const __half2 *>(&pair));
+    }
     __device__ float get(int i) const {
-        if constexpr (sizeof(Input) == 4) {
-            return __uint_as_float(word[i]);
-        } else if constexpr (std::is_same_v<Input, __nv_bfloat16>) {
-            return __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
-        } else {
-            const __half2 pair = *reinterpret_cast<const __half2 *>(&word[i / 2]);
-            return i % 2 ? __high2float(pair) : __low2float(pair);
-        }
+        if constexpr (sizeof(Input) == 4) return __uint_as_float(word[i]);
+        else return i % 2 ? high(word[i / 2]) : low(word[i / 2]);
     }
 };
+
+// 8 steps of a row, adjacent, the first on the 16-byte grid.
+template <typename Input>
+__device__ inline Piece<Input> read_whole_piece(const Input *at) {
+    Piece<Input> piece;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(piece)) / 16; ++i) {
+        const uint4 v = reinterpret_cast<const uint4 *>(at)[i];
+        piece.word[4 * i] = v.x;
+        piece.word[4 * i + 1] = v.y;
+        piece.word[4 * i + 2] = v.z;
+        piece.word[4 * i + 3] = v.w;
+    }
+    return piece;
+}
+
+template <typename Input>
+__device__ inline void write_whole_piece(Input *at, const float (&y)[kPieceSteps]) {
+    alignas(16) Input out[kPieceSteps];
+#pragma unroll
+    for (int i = 0; i < kPieceSteps; ++i) out[i] = from_float<Input>(y[i]);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(out)) / 16; ++i)
+        reinterpret_cast<uint4 *>(at)[i] = reinterpret_cast<const uint4 *>(out)[i];
+}
 
 // The 8 steps of a row from `at`, of which `left` exist; zeros for the others.
 template <typename Input>
 __device__ inline Piece<Input> read_piece(const Input *at, int64_t stride, int left, Access access) {
     Piece<Input> piece;
     constexpr int kWords = sizeof(piece.word) / 4;
-    if (access == Access::kVector && left >= kPieceSteps) {
-        const uint4 *from = reinterpret_cast<const uint4 *>(at);
-#pragma unroll
-        for (int i = 0; i < kWords / 4; ++i) {
-            const uint4 v = from[i];
-            piece.word[4 * i] = v.x;
-            piece.word[4 * i + 1] = v.y;
-            piece.word[4 * i + 2] = v.z;
-            piece.word[4 * i + 3] = v.w;
-        }
-        return piece;
-    }
+    if (access == Access::kVector && left >= kPieceSteps) return read_whole_piece(at);
     if constexpr (sizeof(Input) == 2) {
         if (access == Access::kShifted && left >= kPieceSteps) {
             const uintptr_t address = reinterpret_cast<uintptr_t>(at);
@@ -93,15 +110,7 @@ __device__ inline Piece<Input> read_piece(const Input *at, int64_t stride, int l
 template <typename Input>
 __device__ inline void write_piece(Input *at, int64_t stride, int left, Access access,
                                    const float (&y)[kPieceSteps]) {
-    if (access == Access::kVector && left >= kPieceSteps) {
-        alignas(16) Input out[kPieceSteps];
-#pragma unroll
-        for (int i = 0; i < kPieceSteps; ++i) out[i] = from_float<Input>(y[i]);
-#pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(out)) / 16; ++i)
-            reinterpret_cast<uint4 *>(at)[i] = reinterpret_cast<const uint4 *>(out)[i];
-        return;
-    }
+    if (access == Access::kVector && left >= kPieceSteps) return write_whole_piece(at, y);
     if (left >= kPieceSteps) {
 #pragma unroll
         for (int i = 0; i < kPieceSteps; ++i, at += stride) *at = from_float<Input>(y[i]);
@@ -112,18 +121,20 @@ __device__ inline void write_piece(Input *at, int64_t stride, int left, Access a
     }
 }
 
-// y of `steps` steps, kStride floats apart, by 16 neighbouring threads: words of two elements where the row has them.
-template <int kStride, typename Input>
+// y of `steps` steps, pieces kPiece floats apart, by 16 neighbouring threads: words of two elements where the row has
+// them.
+template <int kPiece, typename Input>
 __device__ inline void write_row(Input *row, const float *y, int steps, int thread) {
+    auto at = [&](int t) { return y[t / kPieceSteps * kPiece + t % kPieceSteps]; };
     if constexpr (sizeof(Input) == 4) {
-        for (int t = thread; t < steps; t += 16) row[t] = y[kStride * t];
+        for (int t = thread; t < steps; t += 16) row[t] = at(t);
     } else {
         const int odd = reinterpret_cast<uintptr_t>(row) / 2 % 2;
-        if (odd && thread == 0) row[0] = from_float<Input>(y[0]);
+        if (odd && thread == 0) row[0] = from_float<Input>(at(0));
         for (int t = 2 * thread + odd; t < steps; t += 32) {
-            const Input first = from_float<Input>(y[kStride * t]);
+            const Input first = from_float<Input>(at(t));
             if (t + 1 < steps) {
-                Input pair[2] = {first, from_float<Input>(y[kStride * (t + 1)])};
+                Input pair[2] = {first, from_float<Input>(at(t + 1))};
                 uint32_t word;
                 memcpy(&word, pair, 4);
                 *reinterpret_cast<uint32_t *>(row + t) = word;

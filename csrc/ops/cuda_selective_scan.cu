@@ -4,7 +4,6 @@
 #include <optional>
 
 #include "kernels/selective_scan_fwd.cuh"
-#include "kernels/selective_scan_quads.cuh"
 #include "kernels/selective_scan_tiled.cuh"
 #include "ops/cuda_common.h"
 #include "ops/cuda_launchers.h"
@@ -48,65 +47,21 @@ void launch_general(const SelectiveScanParams &p, cudaStream_t stream) {
     return launch_general<Input, 16, 16>(p, stream);
 }
 
-// ---- the fast forms: one group
+// ---- the fast form: one group
 
-template <typename Input, int kStates, int kLanes, int kChannels, int kWarps, int kMinBlocks>
-void launch_tiled(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
-    using Tile = ScanTile<kStates, kLanes, kChannels, kWarps>;
-    const auto kernel = selective_scan_tiled<Input, Tile, kMinBlocks>;
-    constexpr int kCtaChannels = Tile::kWarpChannels * kWarps;
+template <typename Tile, int kMinBlocks, bool kAligned, bool kSegmented>
+void launch_kernel(const SelectiveScanParams &p, const ScanTileAccess &access, int segments, cudaStream_t stream) {
+    const auto kernel = selective_scan_tiled<Tile, kMinBlocks, kAligned, kSegmented>;
     if constexpr (Tile::kSharedBytes > 48 * 1024)
         STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes)
                         == cudaSuccess,
                         "shedder_cuda::selective_scan: no ", Tile::kSharedBytes, " bytes of shared memory");
-    const dim3 grid((p.channels + kCtaChannels - 1) / kCtaChannels, p.batch);
-    kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(p, access);
-}
-
-// Channels, batches counted, below which more lanes share one channel: they give the GPU warps enough to work on, and
-// cost instructions. Measured on an H200 with N = 16 (docs/measured-facts.md, selective scan).
-constexpr int64_t kFewChannels = 8192, kManyChannels = 24576;
-
-template <typename Input>
-void launch_tiled(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
-    constexpr int kRoom = sizeof(Input) == 4 ? 3 : 5;        // CTAs per SM that the registers must leave room for
-    const int64_t channels = int64_t{p.batch} * p.channels;
-    if (channels < kFewChannels) {
-        if (p.dstate <= 8) return launch_tiled<Input, 1, 8, 1, 5, 3>(p, access, stream);
-        return launch_tiled<Input, 2, 8, 1, 5, 3>(p, access, stream);
-    }
-    if (channels < kManyChannels) {
-        if (p.dstate <= 4) return launch_tiled<Input, 1, 4, 1, 4, kRoom>(p, access, stream);
-        if (p.dstate <= 8) return launch_tiled<Input, 2, 4, 1, 4, kRoom>(p, access, stream);
-        if (p.dstate <= 12) return launch_tiled<Input, 3, 4, 1, 4, kRoom>(p, access, stream);
-        return launch_tiled<Input, 4, 4, 1, 4, kRoom>(p, access, stream);
-    }
-    switch ((p.dstate + 1) / 2) {                            // two lanes; other numbers go to launch_many_channels
-        case 1: return launch_tiled<Input, 1, 2, 1, 4, kRoom>(p, access, stream);
-        case 3: return launch_tiled<Input, 3, 2, 1, 4, kRoom>(p, access, stream);
-        case 5: return launch_tiled<Input, 5, 2, 1, 4, kRoom>(p, access, stream);
-        default: return launch_tiled<Input, 7, 2, 1, 4, kRoom>(p, access, stream);
-    }
-}
-
-// Where u, delta, z, y and B, C lie so that one way of access does for all of them.
-ScanQuadsAccess joined(const ScanAccess &access) {
-    return {std::max({access.u, access.delta, access.z, access.y}), std::max(access.B, access.C)};
-}
-
-template <typename Input, typename Shape, int kMinBlocks, bool kAligned, bool kSegmented>
-void launch_quads_kernel(const SelectiveScanParams &p, const ScanQuadsAccess &access, int segments,
-                         cudaStream_t stream) {
-    const auto kernel = selective_scan_quads<Input, Shape, kMinBlocks, kAligned, kSegmented>;
-    STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes)
-                    == cudaSuccess,
-                    "shedder_cuda::selective_scan: no ", Shape::kSharedBytes, " bytes of shared memory");
-    constexpr int kCtaChannels = kTileChannels * Shape::kTiles;
+    constexpr int kCtaChannels = Tile::kChannels * Tile::kTiles;
     const unsigned along_length = kSegmented ? segments : 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(along_length, (p.channels + kCtaChannels - 1) / kCtaChannels, p.batch);
-    config.blockDim = Shape::kThreads;
-    config.dynamicSmemBytes = Shape::kSharedBytes;
+    config.blockDim = Tile::kThreads;
+    config.dynamicSmemBytes = Tile::kSharedBytes;
     config.stream = stream;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -116,50 +71,80 @@ void launch_quads_kernel(const SelectiveScanParams &p, const ScanQuadsAccess &ac
     cudaLaunchKernelEx(&config, kernel, p, access);          // check_launch sees an error
 }
 
-template <typename Input, int kStates, int kSplit, int kTiles, int kSteps, int kMinBlocks, bool kSegmented = false>
-void launch_quads(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream, int segments = 1) {
-    using Shape = ScanQuads<kStates, kSplit, kTiles, kSteps>;
-    constexpr int kRoom = sizeof(Input) == 4 ? (kMinBlocks + 1) / 2 : kMinBlocks;    // pieces of fp32 take registers
-    const ScanQuadsAccess how = joined(access);
-    if (how.rows == Access::kVector && how.BC == Access::kVector)
-        launch_quads_kernel<Input, Shape, kRoom, true, kSegmented>(p, how, segments, stream);
+bool on_the_grid(const ScanTileAccess &access) {
+    return access.rows == Access::kVector && access.BC == Access::kVector;
+}
+
+// kMinBlocks: CTAs per SM that the registers must leave room for; pieces of fp32 take more of them.
+template <typename Input>
+constexpr int room(int min_blocks) { return sizeof(Input) == 4 ? (min_blocks + 1) / 2 : min_blocks; }
+
+template <typename Input, int kStates, int kLanes, int kOwn, int kSplit, int kTiles, int kSteps, int kMinBlocks,
+          bool kSegmented = false>
+void launch_tiled(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream, int segments = 1) {
+    using Tile = ScanTile<Input, kStates, kLanes, kOwn, kSplit, kTiles, kSteps>;
+    if (on_the_grid(access))
+        launch_kernel<Tile, room<Input>(kMinBlocks), true, kSegmented>(p, access, segments, stream);
     else
-        launch_quads_kernel<Input, Shape, kRoom, false, kSegmented>(p, how, segments, stream);
+        launch_kernel<Tile, room<Input>(kMinBlocks), false, kSegmented>(p, access, segments, stream);
 }
 
 template <typename Input>
-void launch_many_states(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
+void launch_many_states(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
     constexpr int kFewSteps = sizeof(Input) == 4 ? 16 : 32;  // 32 of fp32 spill where 16 warps share the registers
-    if (p.dstate <= 24) return launch_quads<Input, 3, 2, 2, 32, 4>(p, access, stream);
-    if (p.dstate <= 32) return launch_quads<Input, 4, 2, 2, 32, 4>(p, access, stream);
-    if (p.dstate <= 48) return launch_quads<Input, 3, 4, 1, 32, 4>(p, access, stream);
-    if (p.dstate <= 64) return launch_quads<Input, 4, 4, 1, 32, 4>(p, access, stream);
-    if (p.dstate <= 96) return launch_quads<Input, 3, 8, 1, 32, 2>(p, access, stream);
-    if (p.dstate <= 128) return launch_quads<Input, 4, 8, 1, 32, 2>(p, access, stream);
-    if (p.dstate <= 192) return launch_quads<Input, 3, 16, 1, kFewSteps, 1>(p, access, stream);
-    return launch_quads<Input, 4, 16, 1, kFewSteps, 1>(p, access, stream);
+    if (p.dstate <= 24) return launch_tiled<Input, 3, 4, 2, 2, 2, 32, 4>(p, access, stream);
+    if (p.dstate <= 32) return launch_tiled<Input, 4, 4, 2, 2, 2, 32, 4>(p, access, stream);
+    if (p.dstate <= 48) return launch_tiled<Input, 3, 4, 2, 4, 1, 32, 4>(p, access, stream);
+    if (p.dstate <= 64) return launch_tiled<Input, 4, 4, 2, 4, 1, 32, 4>(p, access, stream);
+    if (p.dstate <= 96) return launch_tiled<Input, 3, 4, 2, 8, 1, 32, 2>(p, access, stream);
+    if (p.dstate <= 128) return launch_tiled<Input, 4, 4, 2, 8, 1, 32, 2>(p, access, stream);
+    if (p.dstate <= 192) return launch_tiled<Input, 3, 4, 2, 16, 1, kFewSteps, 1>(p, access, stream);
+    return launch_tiled<Input, 4, 4, 2, 16, 1, kFewSteps, 1>(p, access, stream);
+}
+
+// Channels, batches counted. Fewer channels take more warps, and more instructions, for each: tiles of 16 channels,
+// of 8, of 8 whose states two warps share. Measured on an H200 (docs/measured-facts.md, selective scan).
+constexpr int64_t kFewChannels = 8192, kManyChannels = 24576;
+
+template <typename Input>
+void launch_few_channels(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
+    if (p.dstate <= 8) return launch_tiled<Input, 1, 4, 1, 2, 1, 64, 8>(p, access, stream);
+    return launch_tiled<Input, 2, 4, 1, 2, 1, 64, 8>(p, access, stream);
 }
 
 template <typename Input>
-void launch_many_channels(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
-    if (p.dstate <= 4) return launch_quads<Input, 1, 1, 4, 32, 5>(p, access, stream);
-    if (p.dstate <= 8) return launch_quads<Input, 2, 1, 4, 32, 5>(p, access, stream);
-    if (p.dstate <= 12) return launch_quads<Input, 3, 1, 4, 32, 5>(p, access, stream);
-    return launch_quads<Input, 4, 1, 4, 32, 5>(p, access, stream);
+void launch_some_channels(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
+    if (p.dstate <= 4) return launch_tiled<Input, 1, 4, 1, 1, 4, 64, 5>(p, access, stream);
+    if (p.dstate <= 8) return launch_tiled<Input, 2, 4, 1, 1, 4, 64, 5>(p, access, stream);
+    if (p.dstate <= 12) return launch_tiled<Input, 3, 4, 1, 1, 4, 32, 5>(p, access, stream);
+    return launch_tiled<Input, 2, 4, 2, 2, 1, 32, 10>(p, access, stream);
 }
 
-// Few channels: a cluster shares the sequence. False where that is not worth two passes, or there are no clusters.
+// Two lanes for a channel, the fewest exchanges; two pieces of each row in a thread: off the grid they would spill.
+template <typename Input, int kStates>
+void launch_two_lanes(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
+    launch_kernel<ScanTile<Input, kStates, 2, 1, 1, 4, 32>, room<Input>(5), true, false>(p, access, 1, stream);
+}
+
 template <typename Input>
-bool launch_segments(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
-    constexpr int kFewTiles = 80, kFullTiles = 320, kMaxSegments = 8, kShortest = 128;
-    const int64_t tiles = int64_t{p.batch} * ((p.channels + kTileChannels - 1) / kTileChannels);
+void launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
+    if (p.dstate > 4 && p.dstate <= 8) return launch_two_lanes<Input, 4>(p, access, stream);
+    if (p.dstate > 8 && p.dstate <= 12) return launch_two_lanes<Input, 6>(p, access, stream);
+    launch_some_channels<Input>(p, access, stream);
+}
+
+// Very few channels: a cluster shares the sequence. False where that is not worth two passes, or there are no clusters.
+template <typename Input>
+bool launch_segments(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
+    constexpr int kFewTiles = 80, kFullTiles = 320, kMaxSegments = 8, kShortest = 128;       // tiles of 16 channels
+    const int64_t tiles = int64_t{p.batch} * ((p.channels + 15) / 16);
     if (tiles > kFewTiles) return false;
     const int64_t segments = std::min<int64_t>({kMaxSegments, kFullTiles / tiles, p.length / kShortest});
     int device = 0, clusters = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
     if (segments < 2 || !clusters) return false;
-    launch_quads<Input, 1, 4, 1, 64, 4, true>(p, access, stream, static_cast<int>(segments));
+    launch_tiled<Input, 1, 4, 2, 4, 1, 64, 4, true>(p, access, stream, static_cast<int>(segments));
     return true;
 }
 
@@ -173,15 +158,15 @@ Access access_of(const Tensor &t) {
 }
 
 template <typename Input>
-void launch(const SelectiveScanParams &p, const ScanAccess &access, cudaStream_t stream) {
+void launch(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
     const bool general = p.channel_to_group != nullptr || p.seq_idx != nullptr || p.constant_B || p.constant_C;
     if (general) return launch_general<Input>(p, stream);
     if (p.dstate > 16) return launch_many_states<Input>(p, access, stream);
+    if (launch_segments<Input>(p, access, stream)) return;
     const int64_t channels = int64_t{p.batch} * p.channels;
-    // Four lanes with at most one state that is not there take less time than two lanes; with two such, more.
-    const bool four_lanes_full = (p.dstate + 1) % 4 <= 1;
-    if (channels >= kManyChannels && four_lanes_full) return launch_many_channels<Input>(p, access, stream);
-    if (!launch_segments<Input>(p, access, stream)) launch_tiled<Input>(p, access, stream);
+    if (channels < kFewChannels) return launch_few_channels<Input>(p, access, stream);
+    if (channels < kManyChannels || !on_the_grid(access)) return launch_some_channels<Input>(p, access, stream);
+    launch_many_channels<Input>(p, access, stream);
 }
 
 }  // namespace
@@ -270,8 +255,9 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
     p.dstate = static_cast<int>(dstate);
     p.delta_softplus = delta_softplus;
 
-    const ScanAccess access{access_of(u), access_of(delta), z ? access_of(*z) : Access::kVector,
-                            access_of(y), access_of(B),     access_of(C)};
+    const ScanTileAccess access{
+        std::max({access_of(u), access_of(delta), z ? access_of(*z) : Access::kVector, access_of(y)}),
+        std::max(access_of(B), access_of(C))};
 
     const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
     const cudaStream_t stream = current_stream(u.get_device_index());
