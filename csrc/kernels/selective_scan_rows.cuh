@@ -73,12 +73,12 @@ __device__ inline Piece<Input> read_piece(const Input *at, int64_t stride, int l
     constexpr int kWords = sizeof(piece.word) / 4;
     if (access == Access::kVector && left >= kPieceSteps) return read_whole_piece(at);
     if constexpr (sizeof(Input) == 2) {
-        if (access == Access::kShifted && left >= kPieceSteps) {
+        if (access == Access::kShifted && left >= 2 * kPieceSteps) {           // both words lie in the row
             const uintptr_t address = reinterpret_cast<uintptr_t>(at);
             const uint4 *from = reinterpret_cast<const uint4 *>(address & ~uintptr_t{15});
             const int offset = static_cast<int>(address & 15) / 2;
             const uint4 a = from[0];
-            const uint4 b = offset == 0 ? make_uint4(0, 0, 0, 0) : from[1];    // holds a wanted element, or is not read
+            const uint4 b = offset == 0 ? make_uint4(0, 0, 0, 0) : from[1];
             uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
             for (int i = 0; i < 6; ++i) w[i] = offset & 4 ? w[i + 2] : w[i];
