@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from decode_step import assert_close, implementations
 from torch import Tensor
 
 from shedder import ops, reference
-from shedder.ops.backend import BACKENDS, module_of, unavailable
+from shedder.ops.backend import unavailable
 
 STEPS = 3
 # Outputs are rounded once to their dtype; what passes between the parts is float32.
@@ -25,20 +26,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one channel": {"channels": 1, "dstate": 1, "rank": 1, "width": 1},
     "removed SSM": {"channels": 77, "dstate": 0, "rank": 0},
 }
-
-
-def implementations() -> list[Any]:
-    """Every backend with the op, and None: what a call takes by itself."""
-    found = []
-    for name in (None, *BACKENDS):
-        if name is not None and not hasattr(module_of(name), "mamba_inner_step"):
-            continue
-        device = "cuda" if name in ("cuda", "triton") else "cpu"
-        reason = None if name is None else unavailable(name)
-        marks = ([pytest.mark.gpu] if device == "cuda" else []) + (
-            [] if reason is None else [pytest.mark.skip(reason=f"{name}: {reason}")])
-        found.append(pytest.param(name, device, id=str(name), marks=marks))
-    return found
 
 
 def make_inputs(channels: int, dstate: int, rank: int, *, groups: int = 1, width: int = 4, batch: int = 2,
@@ -97,11 +84,6 @@ def expected(tensors: dict[str, Any], channel_to_group: Any = None, cache_seqlen
     return y, t["conv_state"], t["ssm_state"]
 
 
-def assert_close(name: str, got: Tensor, want: Tensor, limit: float) -> None:
-    error = (got.double().cpu() - want).abs().max() / want.abs().max()
-    assert error <= limit, f"{name} is off by {error:.1e} of its largest value; allowed {limit:.1e}"
-
-
 def check(tensors: dict[str, Any], options: dict[str, Any], backend: str | None) -> None:
     """Some steps, each held to the reference from the state that the step before left."""
     for _ in range(STEPS):
@@ -120,14 +102,14 @@ def check(tensors: dict[str, Any], options: dict[str, Any], backend: str | None)
             options["cache_seqlens"] += 1
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("mamba_inner_step"))
 @pytest.mark.parametrize("dtype", list(LIMIT))
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_step_is_the_composition_of_the_references(layout, dtype, backend, device, poisoned_allocator):
     check(*make_inputs(**LAYOUTS[layout], dtype=dtype, device=device), backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("mamba_inner_step"))
 @pytest.mark.parametrize("layout", ["dense", "odd", "groups"])
 @pytest.mark.parametrize("case", [
     {"has_bias": False}, {"kept": 4}, {"kept": 7}, {"batch": 1}, {"batch": 4},
@@ -137,21 +119,21 @@ def test_every_option_of_a_step(case, layout, backend, device, poisoned_allocato
     check(*make_inputs(**LAYOUTS[layout], **case, device=device), backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("mamba_inner_step"))
 @pytest.mark.parametrize("case", [{"has_bias": False}, {"kept": 4}, {"batch": 1}, {"slots": (1, -1), "seen": (4, 4)}],
                          ids=str)
 def test_every_option_of_a_step_without_an_ssm(case, backend, device, poisoned_allocator):
     check(*make_inputs(**LAYOUTS["removed SSM"], **case, device=device), backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("mamba_inner_step"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_layer_is_split_alike(dtype, backend, device):
     check(*make_inputs(1536, 16, 48, batch=3, dtype=dtype, device=device), backend)
     check(*make_inputs(5120, 16, 160, batch=1, dtype=dtype, device=device), backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("mamba_inner_step"))
 @pytest.mark.parametrize("layout", ["dense", "odd"])
 def test_inputs_may_lie_at_any_distance(layout, backend, device):
     tensors, options = make_inputs(**LAYOUTS[layout], device=device)
@@ -230,7 +212,7 @@ def test_errors_name_the_argument(change, message):
     assert torch.equal(tensors["conv_state"], before)
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("mamba_inner_step"))
 def test_step_passes_opcheck(backend, device):
     tensors, options = make_inputs(**LAYOUTS["groups"], device=device)
     groups = torch.tensor(options["channel_to_group"], dtype=torch.int32, device=device)

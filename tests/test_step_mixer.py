@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from decode_step import assert_close, implementations
 from torch import Tensor
 
 from shedder import ops, reference
-from shedder.ops.backend import BACKENDS, module_of, unavailable
+from shedder.ops.backend import unavailable
 
 STEPS = 3
 # Outputs are rounded once to their dtype; the state and what passes between the parts is float32.
@@ -23,20 +24,6 @@ LAYOUTS = {
     "removed SSM": {"heads": 5, "headdim": 13, "ngroups": 1, "dstate": 0},
     "segments": {"heads": 3, "headdim": 60, "ngroups": 1, "dstate": 17, "norm_segments": ((60, 1e-5), (120, 3e-6))},
 }
-
-
-def implementations() -> list[Any]:
-    """Every backend with the op, and None: what a call takes by itself."""
-    found = []
-    for name in (None, *BACKENDS):
-        if name is not None and not hasattr(module_of(name), "step_mixer"):
-            continue
-        device = "cuda" if name in ("cuda", "triton") else "cpu"
-        reason = None if name is None else unavailable(name)
-        marks = ([pytest.mark.gpu] if device == "cuda" else []) + (
-            [] if reason is None else [pytest.mark.skip(reason=f"{name}: {reason}")])
-        found.append(pytest.param(name, device, id=str(name), marks=marks))
-    return found
 
 
 def make_inputs(heads: int, headdim: int, ngroups: int, dstate: int, *, width: int = 4, batch: int = 2,
@@ -119,34 +106,29 @@ def expected(tensors: dict[str, Any], *, headdim: int, ngroups: int, dstate: int
     return y, conv_state, ssm_state
 
 
-def assert_close(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    error = (got.double().cpu() - want).abs().max() / want.abs().max()
-    assert error <= LIMIT[dtype], f"{name} is off by {error:.1e} of its largest value; allowed {LIMIT[dtype]:.1e}"
-
-
 def check(tensors: dict[str, Any], options: dict[str, Any], backend: str | None) -> None:
     """Some steps, each held to the reference from the state that the step before left."""
     for _ in range(STEPS):
         y_want, conv_want, ssm_want = expected(tensors, **options)
         y = ops.step_mixer(**tensors, **options, backend=backend)
         assert y.dtype == tensors["zxbcdt"].dtype
-        assert_close("y", y, y_want, y.dtype)
+        assert_close("y", y, y_want, LIMIT[y.dtype])
         assert torch.equal(tensors["conv_state"].double().cpu(), conv_want)       # inputs are moved, not computed
         if ssm_want is not None:
-            assert_close("ssm_state", tensors["ssm_state"], ssm_want, tensors["ssm_state"].dtype)
+            assert_close("ssm_state", tensors["ssm_state"], ssm_want, LIMIT[tensors["ssm_state"].dtype])
         tensors["zxbcdt"] = torch.randn_like(tensors["zxbcdt"])
         if "cache_seqlens" in options:
             options["cache_seqlens"] += 1
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("step_mixer"))
 @pytest.mark.parametrize("dtype", list(LIMIT))
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_step_is_the_composition_of_the_references(layout, dtype, backend, device, poisoned_allocator):
     check(*make_inputs(**LAYOUTS[layout], dtype=dtype, device=device), backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("step_mixer"))
 @pytest.mark.parametrize("case", [
     {"has_norm": False}, {"has_norm": False, "d_has_hdim": True}, {"norm_before_gate": True},
     {"norm_before_gate": False}, {"dt_limit": (0.5, 0.9)}, {"dt_limit": (0.1, math.inf)}, {"d_has_hdim": True},
@@ -157,7 +139,7 @@ def test_every_option_of_a_step(case, backend, device, poisoned_allocator):
     check(*make_inputs(**LAYOUTS["ragged"], **case, device=device), backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("step_mixer"))
 @pytest.mark.parametrize("case", [
     {"has_norm": False}, {"has_norm": False, "d_has_hdim": True}, {"norm_before_gate": False}, {"d_has_hdim": True},
     {"has_bias": False}, {"row_padding": 5}, {"kept": 4}, {"heads": 1, "batch": 1}, {"heads": 40, "headdim": 64},
@@ -166,12 +148,12 @@ def test_every_option_of_a_step_without_an_ssm(case, backend, device, poisoned_a
     check(*make_inputs(**{**LAYOUTS["removed SSM"], **case}, device=device), backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("step_mixer"))
 def test_a_large_layer_is_split_over_threads_alike(backend, device):
     check(*make_inputs(24, 64, 2, 128, batch=3, device=device), backend)
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("step_mixer"))
 def test_inputs_may_lie_at_any_distance(backend, device):
     tensors, options = make_inputs(**LAYOUTS["odd"], device=device)
     for name in ("zxbcdt", "conv_state", "ssm_state", "conv_weight", "A", "norm_weight"):
@@ -260,7 +242,7 @@ def test_a_checked_call_does_not_vouch_for_another():
         ops.step_mixer(**tensors, **{**options, "row_padding": 1})
 
 
-@pytest.mark.parametrize(("backend", "device"), implementations())
+@pytest.mark.parametrize(("backend", "device"), implementations("step_mixer"))
 def test_step_passes_opcheck(backend, device):
     tensors, options = make_inputs(**LAYOUTS["ragged"], device=device)
     groups = torch.tensor(options["head_to_group"], dtype=torch.int32, device=device)
