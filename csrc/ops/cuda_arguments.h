@@ -12,6 +12,17 @@ namespace shedder {
 
 using MaybeTensor = std::optional<Tensor>;
 
+// use(a null pointer of the type), for a dtype that the kernels take.
+template <typename Use>
+void with_type(const char *op, ScalarType dtype, Use use) {
+    switch (dtype) {
+        case ScalarType::Float: return use(static_cast<float *>(nullptr));
+        case ScalarType::Half: return use(static_cast<__half *>(nullptr));
+        case ScalarType::BFloat16: return use(static_cast<__nv_bfloat16 *>(nullptr));
+        default: STD_TORCH_CHECK(false, "shedder_cuda::", op, " takes fp32, fp16 and bf16");
+    }
+}
+
 // The device and name of one call, against which its arguments are checked.
 struct Arguments {
     const char *op;
@@ -19,7 +30,7 @@ struct Arguments {
 
     void check(const Tensor &t, const char *name, std::initializer_list<int64_t> shape) const {
         STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, "shedder_cuda::", op, ": ", name,
-                        " is not on the device of x");
+                        " is on another device");
         bool fits = t.dim() == static_cast<int64_t>(shape.size());
         for (size_t i = 0; fits && i < shape.size(); ++i) fits = t.size(i) == shape.begin()[i];
         STD_TORCH_CHECK(fits, "shedder_cuda::", op, ": ", name, " has the wrong shape");
@@ -50,6 +61,17 @@ struct Arguments {
         check(*t, name, ScalarType::Int, shape);
         return static_cast<const int32_t *>(t->const_data_ptr());
     }
+    void check_contiguous(const MaybeTensor &t, const char *name) const {
+        STD_TORCH_CHECK(!t || t->is_contiguous(), "shedder_cuda::", op, ": ", name, " is not contiguous");
+    }
+    // launch(a null pointer of the type, the stream that torch works on).
+    template <typename Launch>
+    void launch(ScalarType dtype, Launch launch) const {
+        const torch::stable::accelerator::DeviceGuard guard(device);
+        const cudaStream_t stream = current_stream(device);
+        with_type(op, dtype, [&](auto *type) { launch(type, stream); });
+        check_launch(op);
+    }
 };
 
 // Whether every row of a tensor lies on a grid of words: its first address, and each of the distances between rows.
@@ -61,17 +83,6 @@ inline bool on_grid(const void *data, int64_t element_size, std::initializer_lis
 }
 
 inline int64_t element_size(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
-
-// use(a null pointer of the type), for a dtype that the kernels take.
-template <typename Use>
-void with_type(const char *op, ScalarType dtype, Use use) {
-    switch (dtype) {
-        case ScalarType::Float: return use(static_cast<float *>(nullptr));
-        case ScalarType::Half: return use(static_cast<__half *>(nullptr));
-        case ScalarType::BFloat16: return use(static_cast<__nv_bfloat16 *>(nullptr));
-        default: STD_TORCH_CHECK(false, "shedder_cuda::", op, " takes fp32, fp16 and bf16");
-    }
-}
 
 // Blocks for `tasks` of which each takes `per_block`. Kernels number tasks by 32 bits: a division of 64 costs as much as
 // 25 products.

@@ -3,14 +3,11 @@
 #include <algorithm>
 
 #include "kernels/causal_conv1d.cuh"
-#include "kernels/causal_conv1d_update.cuh"
-#include "ops/cuda_arguments.h"
+#include "ops/cuda_conv_step.h"
 #include "ops/cuda_launchers.h"
 
 namespace shedder {
 namespace {
-
-ConvStrides conv_strides(const Tensor &t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
 CausalConv1dParams conv_params(const Arguments &arguments, const Tensor &x, const Tensor &weight,
                                const MaybeTensor &bias, bool silu, const Tensor &y) {
@@ -124,12 +121,9 @@ void causal_conv1d(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
     }
     STD_TORCH_CHECK(p.length > 0, "shedder_cuda::causal_conv1d: L is 0; accepted: 1 and more");
     if (p.batch == 0 || p.channels == 0) return;
-    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
-    const cudaStream_t stream = current_stream(arguments.device);
-    with_type(arguments.op, x.scalar_type(), [&](auto *type) {
+    arguments.launch(x.scalar_type(), [&](auto *type, cudaStream_t stream) {
         launch_conv<std::remove_pointer_t<decltype(type)>>(p, stream);
     });
-    check_launch(arguments.op);
 }
 
 void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weight, const MaybeTensor &bias, bool silu,
@@ -137,30 +131,15 @@ void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weig
     const Arguments arguments{"causal_conv1d_update", x.get_device_index()};
     CausalConv1dUpdateParams q{};
     q.conv = conv_params(arguments, x, weight, bias, silu, y);
-    STD_TORCH_CHECK(conv_state.dim() == 3, "shedder_cuda::causal_conv1d_update takes conv_state (slots, D, K)");
-    q.kept = conv_state.size(2);
-    arguments.check(conv_state, "conv_state", x.scalar_type(), {conv_state.size(0), q.conv.channels, q.kept});
-    STD_TORCH_CHECK(conv_state_indices || conv_state.size(0) >= q.conv.batch,
-                    "shedder_cuda::causal_conv1d_update: conv_state has ", conv_state.size(0),
-                    " slots for a batch of ", q.conv.batch);
-    STD_TORCH_CHECK(q.kept >= std::max(q.conv.width - 1, cache_seqlens ? 1 : 0),
-                    "shedder_cuda::causal_conv1d_update: conv_state keeps ", q.kept, " inputs, too few for W");
-    q.state = conv_state.mutable_data_ptr();
-    q.state_strides = conv_strides(conv_state);
-    q.seen = arguments.integers(cache_seqlens, "cache_seqlens", {q.conv.batch});
-    q.seen_stride = cache_seqlens ? cache_seqlens->stride(0) : 0;
-    q.slots = arguments.integers(conv_state_indices, "conv_state_indices", {q.conv.batch});
-    q.slots_stride = conv_state_indices ? conv_state_indices->stride(0) : 0;
+    take_conv_state(arguments, q, x.scalar_type(), conv_state, cache_seqlens, conv_state_indices,
+                    "conv_state_indices");
     const int64_t tasks = q.conv.batch * q.conv.channels;
     if (tasks == 0) return;
-    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
-    const cudaStream_t stream = current_stream(arguments.device);
-    with_type(arguments.op, x.scalar_type(), [&](auto *type) {
+    arguments.launch(x.scalar_type(), [&](auto *type, cudaStream_t stream) {
         using T = std::remove_pointer_t<decltype(type)>;
         causal_conv1d_step<T>
             <<<blocks_for(arguments.op, tasks, kConvThreads), kConvThreads, 0, stream>>>(q);
     });
-    check_launch(arguments.op);
 }
 
 }  // namespace shedder

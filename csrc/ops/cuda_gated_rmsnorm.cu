@@ -122,13 +122,10 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
     STD_TORCH_CHECK(y.is_contiguous(), "shedder_cuda::gated_rmsnorm: y is not contiguous");
     p.y = y.mutable_data_ptr();
     if (rows == 0) return;
-    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
-    const cudaStream_t stream = current_stream(arguments.device);
-    with_type(kNormOp, x.scalar_type(), [&](auto *type) {
+    arguments.launch(x.scalar_type(), [&](auto *type, cudaStream_t stream) {
         using T = std::remove_pointer_t<decltype(type)>;
         launch_norm<T>(p, norm_before_gate, arguments.device, stream);
     });
-    check_launch(kNormOp);
 }
 
 }  // namespace shedder

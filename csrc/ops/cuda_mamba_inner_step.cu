@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "kernels/mamba_inner_step.cuh"
-#include "ops/cuda_arguments.h"
 #include "ops/cuda_cluster.h"
+#include "ops/cuda_conv_step.h"
 #include "ops/cuda_launchers.h"
 
 namespace shedder {
@@ -48,50 +48,24 @@ void mamba_inner_step(const Tensor &xz, Tensor conv_state, MaybeTensor ssm_state
                     "(R + 2GN, D), dt_proj_weight (D, R)");
     const ScalarType dtype = xz.scalar_type();
     const int64_t size = element_size(dtype), batch = xz.size(0), channels = conv_weight.size(0);
-    const int64_t width = conv_weight.size(1), slots = conv_state.size(0);
+    const int64_t slots = conv_state.size(0);
     const int64_t dstate = has_ssm ? A->size(1) : 0, rank = has_ssm ? dt_proj_weight->size(1) : 0;
     const int64_t outputs = has_ssm ? x_proj_weight->size(0) : 0;
     const int64_t groups = dstate > 0 ? (outputs - rank) / (2 * dstate) : 1;
-    STD_TORCH_CHECK(1 <= channels && channels < (int64_t{1} << 30) && (!has_ssm || dstate > 0) && dstate <= 256
-                        && 1 <= width && width <= kMaxWidth && batch < (int64_t{1} << 26),
-                    "shedder_cuda::mamba_inner_step: D is ", channels, ", N is ", dstate, ", W is ", width, ", B is ",
-                    batch, "; accepted: D from 1, N 1..256, W 1..4, B below 2^26");
+    STD_TORCH_CHECK(1 <= channels && (!has_ssm || dstate > 0) && dstate <= 256 && batch < (int64_t{1} << 26),
+                    "shedder_cuda::mamba_inner_step: D is ", channels, ", N is ", dstate, ", B is ", batch,
+                    "; accepted: D from 1, N 1..256, B below 2^26");
     STD_TORCH_CHECK(groups >= 1 && outputs == rank + 2 * groups * dstate && outputs <= kMostOutputs,
                     "shedder_cuda::mamba_inner_step: x_proj_weight has ", outputs,
                     " rows; accepted: R + 2GN, up to ", kMostOutputs);
-    STD_TORCH_CHECK(conv_state.size(2) >= std::max<int64_t>(width - 1, cache_seqlens ? 1 : 0),
-                    "shedder_cuda::mamba_inner_step: conv_state keeps ", conv_state.size(2), " inputs, too few for W");
-    STD_TORCH_CHECK(state_batch_indices || slots >= batch, "shedder_cuda::mamba_inner_step: conv_state has ", slots,
-                    " slots for a batch of ", batch);
     MambaInnerStepParams p{};
-    CausalConv1dParams &conv = p.conv.conv;
     arguments.check(xz, "xz", {batch, 2 * channels});
     with_type(kInnerOp, dtype, [](auto *) {});
-    conv.batch = batch;
-    conv.channels = static_cast<int>(channels);
-    conv.length = 1;
-    conv.width = static_cast<int>(width);
-    conv.x = xz.const_data_ptr();
-    conv.x_strides = {xz.stride(0), xz.stride(1), 0};
-    arguments.check(conv_weight, "conv_weight", dtype, {channels, width});
-    conv.weight = arguments.parameter(conv_weight, "conv_weight", {channels, width});
-    conv.weight_channel_stride = conv_weight.stride(0);
-    conv.weight_tap_stride = conv_weight.stride(1);
-    if (conv_bias) arguments.check(*conv_bias, "conv_bias", dtype, {channels});
-    conv.bias = arguments.parameter(conv_bias, "conv_bias", {channels});
-    conv.bias_stride = conv_bias ? conv_bias->stride(0) : 0;
-    conv.silu = true;
-    arguments.check(conv_state, "conv_state", dtype, {slots, channels, conv_state.size(2)});
-    p.conv.state = conv_state.mutable_data_ptr();
-    p.conv.state_strides = {conv_state.stride(0), conv_state.stride(1), conv_state.stride(2)};
-    p.conv.kept = conv_state.size(2);
-    p.conv.seen = arguments.integers(cache_seqlens, "cache_seqlens", {batch});
-    p.conv.seen_stride = cache_seqlens ? cache_seqlens->stride(0) : 0;
-    p.conv.slots = arguments.integers(state_batch_indices, "state_batch_indices", {batch});
-    p.conv.slots_stride = state_batch_indices ? state_batch_indices->stride(0) : 0;
+    p.conv = mixer_conv(arguments, dtype, batch, xz.const_data_ptr(), xz.stride(0), xz.stride(1), conv_weight,
+                        conv_bias, conv_state, cache_seqlens, state_batch_indices);
 
     p.column_stride = xz.stride(1);
-    p.z = static_cast<const char *>(conv.x) + channels * p.column_stride * size;
+    p.z = static_cast<const char *>(xz.const_data_ptr()) + channels * p.column_stride * size;
     p.channels = static_cast<int>(channels);
     p.rank = static_cast<int>(rank);
     p.groups = static_cast<int>(groups);
@@ -135,9 +109,7 @@ void mamba_inner_step(const Tensor &xz, Tensor conv_state, MaybeTensor ssm_state
     p.y = y.mutable_data_ptr();
     if (batch == 0) return;
 
-    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
-    const cudaStream_t stream = current_stream(arguments.device);
-    with_type(kInnerOp, dtype, [&](auto *input) {
+    arguments.launch(dtype, [&](auto *input, cudaStream_t stream) {
         using Input = std::remove_pointer_t<decltype(input)>;
         if (!has_ssm) return launch_inner_step<Input, float>(p, arguments.device, stream);
         with_type(kInnerOp, ssm_state->scalar_type(), [&](auto *kept) {
@@ -148,7 +120,6 @@ void mamba_inner_step(const Tensor &xz, Tensor conv_state, MaybeTensor ssm_state
             launch_inner_step<Input, State>(p, arguments.device, stream);
         });
     });
-    check_launch(kInnerOp);
 }
 
 }  // namespace shedder

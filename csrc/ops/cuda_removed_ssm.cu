@@ -145,14 +145,11 @@ void removed_ssm(const Tensor &x, const Tensor &z, const Tensor &weight, const M
     STD_TORCH_CHECK(fits && aligned(p.x, p.x_strides) && aligned(q.z, q.z_strides) && aligned(p.y, p.y_strides),
                     "shedder_cuda::removed_ssm: rows and segments must lie on the grid of 16 bytes");
     if (p.batch == 0 || p.length == 0) return;
-    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
-    const cudaStream_t stream = current_stream(arguments.device);
-    with_type(kRemovedOp, x.scalar_type(), [&](auto *type) {
+    arguments.launch(x.scalar_type(), [&](auto *type, cudaStream_t stream) {
         using T = std::remove_pointer_t<decltype(type)>;
         if (norm_before_gate) return launch_removed<T, true>(q, arguments.device, stream);
         launch_removed<T, false>(q, arguments.device, stream);
     });
-    check_launch(kRemovedOp);
 }
 
 }  // namespace

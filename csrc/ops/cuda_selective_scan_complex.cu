@@ -90,10 +90,10 @@ void scan_complex(const Tensor &u, const Tensor &delta, const Tensor &A, const T
     check_pairs(final_state, "final_state", {batch, channels, dstate, 2});
     p.channel_to_group = arguments.integers(channel_to_group, "channel_to_group", {channels});
     p.seq_idx = arguments.integers(runs, "runs", {batch, length});
-    STD_TORCH_CHECK(final_state.is_contiguous() && (!initial_state || initial_state->is_contiguous())
-                        && (!channel_to_group || channel_to_group->is_contiguous()) && (!runs || runs->is_contiguous()),
-                    "shedder_cuda::selective_scan_complex: final_state, initial_state, channel_to_group or runs is not "
-                    "contiguous");
+    arguments.check_contiguous(initial_state, "initial_state");
+    arguments.check_contiguous(channel_to_group, "channel_to_group");
+    arguments.check_contiguous(runs, "runs");
+    arguments.check_contiguous(final_state, "final_state");
     if (batch == 0 || channels == 0) return;
 
     p.u = u.const_data_ptr();
@@ -120,12 +120,9 @@ void scan_complex(const Tensor &u, const Tensor &delta, const Tensor &A, const T
     p.constant_B = constant_B;
     p.constant_C = constant_C;
 
-    const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-    const cudaStream_t stream = current_stream(u.get_device_index());
-    with_type("selective_scan_complex", dtype, [&](auto *type) {
+    arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
         launch<std::remove_pointer_t<decltype(type)>>(p, static_cast<int>(groups), stream);
     });
-    check_launch("selective_scan_complex");
 }
 
 }  // namespace shedder

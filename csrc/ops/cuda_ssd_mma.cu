@@ -52,10 +52,9 @@ void launch_for_states(const SsdMmaParams &p, int64_t ctas, cudaStream_t stream)
 }  // namespace
 
 void ssd_portable(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
-                  const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
-                  bool dt_softplus, double dt_min, double dt_max, const Tensor &head_to_group,
-                  const std::optional<Tensor> &initial_states, const std::optional<Tensor> &runs, Tensor y,
-                  Tensor final_states) {
+                  const MaybeTensor &D, const MaybeTensor &z, const MaybeTensor &dt_bias, bool dt_softplus,
+                  double dt_min, double dt_max, const Tensor &head_to_group, const MaybeTensor &initial_states,
+                  const MaybeTensor &runs, Tensor y, Tensor final_states) {
     const ScalarType dtype = x.scalar_type();
     STD_TORCH_CHECK(x.dim() == 4 && B.dim() == 4, "shedder_cuda::ssd takes x (B, L, H, P), B and C (B, L, G, N)");
     const int64_t batch = x.size(0), length = x.size(1), heads = x.size(2), headdim = x.size(3);
@@ -82,9 +81,11 @@ void ssd_portable(const Tensor &x, const Tensor &dt, const Tensor &A, const Tens
     p.initial = arguments.floats(initial_states, "initial_states", {batch, heads, headdim, dstate});
     p.runs = arguments.integers(runs, "runs", {batch, length});
     p.head_to_group = arguments.integers(head_to_group, "head_to_group", {heads});
-    STD_TORCH_CHECK(y.is_contiguous() && final_states.is_contiguous() && head_to_group.is_contiguous()
-                        && (!initial_states || initial_states->is_contiguous()) && (!runs || runs->is_contiguous()),
-                    "shedder_cuda::ssd: y, final_states, head_to_group, initial_states or runs is not contiguous");
+    arguments.check_contiguous(head_to_group, "head_to_group");
+    arguments.check_contiguous(initial_states, "initial_states");
+    arguments.check_contiguous(runs, "runs");
+    arguments.check_contiguous(y, "y");
+    arguments.check_contiguous(final_states, "final_states");
     if (ctas == 0 || length == 0) return;
 
     p.x = x.const_data_ptr();
@@ -116,12 +117,9 @@ void ssd_portable(const Tensor &x, const Tensor &dt, const Tensor &A, const Tens
     p.dt_softplus = dt_softplus;
     p.dt_float = dt_float;
 
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    const cudaStream_t stream = current_stream(x.get_device_index());
-    with_type("ssd", dtype, [&](auto *type) {
+    arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
         launch_for_states<std::remove_pointer_t<decltype(type)>>(p, ctas, stream);
     });
-    check_launch("ssd");
 }
 
 }  // namespace shedder

@@ -154,9 +154,7 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
         && on_grid(p.state, state_size, {state.size(0) > 1 ? p.state_strides.batch : 0});
     const bool fours = dstate % 4 == 0 && p.A_n_stride == 1 && on_grid(p.A, 4, {p.A_strides.place});
 
-    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
-    const cudaStream_t stream = current_stream(arguments.device);
-    with_type(kStepOp, dtype, [&](auto *input) {
+    arguments.launch(dtype, [&](auto *input, cudaStream_t stream) {
         with_type(kStepOp, state.scalar_type(), [&](auto *kept) {
             using Input = std::remove_pointer_t<decltype(input)>;
             using State = std::remove_pointer_t<decltype(kept)>;
@@ -173,7 +171,6 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
             launch_step<Input, State, 1>(p, tied, stream);
         });
     });
-    check_launch(kStepOp);
 }
 
 }  // namespace shedder

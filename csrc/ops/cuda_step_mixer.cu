@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "kernels/step_mixer.cuh"
-#include "ops/cuda_arguments.h"
 #include "ops/cuda_cluster.h"
+#include "ops/cuda_conv_step.h"
 #include "ops/cuda_launchers.h"
 
 namespace shedder {
@@ -54,52 +54,26 @@ void step_mixer(const Tensor &zxbcdt, Tensor conv_state, MaybeTensor ssm_state, 
     const bool has_ssm = ssm_state.has_value();
     const ScalarType dtype = zxbcdt.scalar_type();
     const int64_t size = element_size(dtype), batch = zxbcdt.size(0), channels = conv_weight.size(0);
-    const int64_t width = conv_weight.size(1), slots = conv_state.size(0), heads = D.size(0);
+    const int64_t slots = conv_state.size(0), heads = D.size(0);
     const int64_t dstate = has_ssm ? ssm_state->size(3) : 0, inner = channels - 2 * groups * dstate;
     const int64_t headdim = heads > 0 ? inner / heads : 0;
-    STD_TORCH_CHECK(heads > 0 && inner > 0 && inner % heads == 0 && channels < (int64_t{1} << 30),
+    STD_TORCH_CHECK(heads > 0 && inner > 0 && inner % heads == 0,
                     "shedder_cuda::step_mixer: conv_weight must have HP + 2GN rows");
     STD_TORCH_CHECK(has_ssm == dt_bias.has_value() && has_ssm == A.has_value() && has_ssm == (dstate > 0),
                     "shedder_cuda::step_mixer takes ssm_state, dt_bias and A together, or none of them");
-    STD_TORCH_CHECK(1 <= width && width <= kMaxWidth && dstate <= 256 && groups * dstate <= kMostStates,
-                    "shedder_cuda::step_mixer: W is ", width, ", N is ", dstate, ", G is ", groups,
-                    "; accepted: W 1..4, N up to 256, G N up to ", kMostStates);
+    STD_TORCH_CHECK(dstate <= 256 && groups * dstate <= kMostStates, "shedder_cuda::step_mixer: N is ", dstate,
+                    ", G is ", groups, "; accepted: N up to 256, G N up to ", kMostStates);
     STD_TORCH_CHECK(zxbcdt.size(1) >= inner + channels + (has_ssm ? heads : 0),
                     "shedder_cuda::step_mixer: zxbcdt has ", zxbcdt.size(1), " columns, too few");
-    STD_TORCH_CHECK(conv_state.size(2) >= std::max<int64_t>(width - 1, cache_seqlens ? 1 : 0),
-                    "shedder_cuda::step_mixer: conv_state keeps ", conv_state.size(2), " inputs, too few for W");
-    STD_TORCH_CHECK(state_batch_indices || slots >= batch, "shedder_cuda::step_mixer: conv_state has ", slots,
-                    " slots for a batch of ", batch);
     STD_TORCH_CHECK(batch < (int64_t{1} << 26), "shedder_cuda::step_mixer: B is ", batch, "; accepted: below 2^26");
     StepMixerParams p{};
-    CausalConv1dParams &conv = p.conv.conv;
     const int64_t row = zxbcdt.stride(0), column = zxbcdt.stride(1);
     const auto column_at = [&](int64_t c) {
         return static_cast<const char *>(zxbcdt.const_data_ptr()) + c * column * size;
     };
     with_type(kMixerOp, dtype, [](auto *) {});
-    conv.batch = batch;
-    conv.channels = static_cast<int>(channels);
-    conv.length = 1;
-    conv.width = static_cast<int>(width);
-    conv.x = column_at(inner);
-    conv.x_strides = {row, column, 0};
-    arguments.check(conv_weight, "conv_weight", dtype, {channels, width});
-    conv.weight = arguments.parameter(conv_weight, "conv_weight", {channels, width});
-    conv.weight_channel_stride = conv_weight.stride(0);
-    conv.weight_tap_stride = conv_weight.stride(1);
-    if (conv_bias) arguments.check(*conv_bias, "conv_bias", dtype, {channels});
-    conv.bias = arguments.parameter(conv_bias, "conv_bias", {channels});
-    conv.bias_stride = conv_bias ? conv_bias->stride(0) : 0;
-    conv.silu = true;
-    arguments.check(conv_state, "conv_state", dtype, {slots, channels, conv_state.size(2)});
-    p.conv.state = conv_state.mutable_data_ptr();
-    p.conv.state_strides = {conv_state.stride(0), conv_state.stride(1), conv_state.stride(2)};
-    p.conv.kept = conv_state.size(2);
-    p.conv.seen = arguments.integers(cache_seqlens, "cache_seqlens", {batch});
-    p.conv.seen_stride = cache_seqlens ? cache_seqlens->stride(0) : 0;
-    p.conv.slots = arguments.integers(state_batch_indices, "state_batch_indices", {batch});
-    p.conv.slots_stride = state_batch_indices ? state_batch_indices->stride(0) : 0;
+    p.conv = mixer_conv(arguments, dtype, batch, column_at(inner), row, column, conv_weight, conv_bias, conv_state,
+                        cache_seqlens, state_batch_indices);
 
     p.z = column_at(0);
     p.column_stride = column;
@@ -158,9 +132,7 @@ void step_mixer(const Tensor &zxbcdt, Tensor conv_state, MaybeTensor ssm_state, 
     p.y = y.mutable_data_ptr();
     if (batch == 0) return;
 
-    const torch::stable::accelerator::DeviceGuard guard(arguments.device);
-    const cudaStream_t stream = current_stream(arguments.device);
-    with_type(kMixerOp, dtype, [&](auto *input) {
+    arguments.launch(dtype, [&](auto *input, cudaStream_t stream) {
         using Input = std::remove_pointer_t<decltype(input)>;
         if (!has_ssm) return launch_mixer<Input, float, 1>(p, arguments.device, stream);
         with_type(kMixerOp, ssm_state->scalar_type(), [&](auto *kept) {
@@ -173,7 +145,6 @@ void step_mixer(const Tensor &zxbcdt, Tensor conv_state, MaybeTensor ssm_state, 
             launch_mixer<Input, State, 1>(p, arguments.device, stream);
         });
     });
-    check_launch(kMixerOp);
 }
 
 }  // namespace shedder
