@@ -94,6 +94,15 @@ def check_size(name: str, size: int, low: int, high: int) -> None:
         raise ValueError(f"{name} is {size}; accepted: {low} to {high}")
 
 
+def check_conv_state(conv_state: Tensor, slots: int | None, channels: int, width: int, is_ring: bool,
+                     letters: str) -> None:
+    """Raise unless `conv_state` is (slots, channels, K), in `letters`, and keeps inputs enough for `width` taps."""
+    check_shape("conv_state", conv_state, (slots, channels, None), letters)
+    needed = max(width - 1, 1 if is_ring else 0)
+    if conv_state.shape[2] < needed:
+        raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}; accepted: {letters} with K >= {needed}")
+
+
 def check_norm_segments(norm_weight: Tensor | None, segments: tuple[tuple[int, float], ...], channels: int,
                         letter: str) -> None:
     """Raise unless there is neither norm_weight nor a segment, or segments of all `channels`, named `letter`."""

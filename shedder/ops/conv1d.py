@@ -12,6 +12,7 @@ from shedder.ops.backend import Facts
 from shedder.ops.checks import (
     FLOATS,
     check_activation,
+    check_conv_state,
     check_dtype,
     check_parameter,
     check_same_device,
@@ -168,13 +169,9 @@ def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Te
         x = x.unsqueeze(-1)
     _check_weight(x, weight, bias)
     batch, channels, _ = x.shape
-    check_shape("conv_state", conv_state, (None if conv_state_indices is not None else batch, channels, None),
-                "(B or slots, D, K)")
+    check_conv_state(conv_state, None if conv_state_indices is not None else batch, channels, weight.shape[1],
+                     cache_seqlens is not None, "(B or slots, D, K)")
     check_dtype("conv_state", conv_state, (x.dtype,), ", the dtype of x")
-    needed = max(weight.shape[1] - 1, 0 if cache_seqlens is None else 1)
-    if conv_state.shape[2] < needed:
-        raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}; accepted: (B or slots, D, K) with "
-                         f"K >= {needed}")
     if cache_seqlens is not None:
         cache_seqlens = integers("cache_seqlens", cache_seqlens, (batch,), "(B,)")
     if conv_state_indices is not None:

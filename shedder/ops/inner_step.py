@@ -14,6 +14,7 @@ from shedder.ops.checks import (
     INTEGERS,
     MAX_STATES,
     OncePerLook,
+    check_conv_state,
     check_dtype,
     check_parameter,
     check_same_device,
@@ -156,11 +157,7 @@ def _check_and_decide(tensors: tuple[Any, ...], backend: str | None) -> tuple[Ex
                             ("dt_proj_weight", dt_proj_weight), ("dt_bias", dt_bias)):
             if value is not None:
                 raise ValueError(f"{name} is given, but A is None; accepted: None")
-    check_shape("conv_state", conv_state, (slots, channels, None), f"({letter}, D, K)")
-    needed = max(width - 1, 0 if cache_seqlens is None else 1)
-    if conv_state.shape[2] < needed:
-        raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}; accepted: ({letter}, D, K) with "
-                         f"K >= {needed}")
+    check_conv_state(conv_state, slots, channels, width, cache_seqlens is not None, f"({letter}, D, K)")
     if conv_bias is not None:
         check_shape("conv_bias", conv_bias, (channels,), "(D,)")
         check_dtype("conv_bias", conv_bias, (conv_weight.dtype,), ", the dtype of conv_weight")

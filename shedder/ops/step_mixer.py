@@ -16,6 +16,7 @@ from shedder.ops.checks import (
     INTEGERS,
     MAX_STATES,
     OncePerLook,
+    check_conv_state,
     check_dtype,
     check_norm_segments,
     check_parameter,
@@ -179,11 +180,7 @@ def _check_and_decide(tensors: tuple[Any, ...], headdim: int, ngroups: int, dsta
     check_size("W (conv_weight.shape[1])", width, 1, 4)
     if slots is None and ssm_state is not None:
         slots = ssm_state.shape[0]
-    check_shape("conv_state", conv_state, (slots, channels, None), f"({letter}, HP + 2GN, K)")
-    needed = max(width - 1, 0 if cache_seqlens is None else 1)
-    if conv_state.shape[2] < needed:
-        raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}; accepted: ({letter}, HP + 2GN, K) with "
-                         f"K >= {needed}")
+    check_conv_state(conv_state, slots, channels, width, cache_seqlens is not None, f"({letter}, HP + 2GN, K)")
     if conv_bias is not None:
         check_shape("conv_bias", conv_bias, (channels,), "(HP + 2GN,)")
         check_dtype("conv_bias", conv_bias, (conv_weight.dtype,), ", the dtype of conv_weight")
