@@ -163,6 +163,61 @@ def test_matches_the_recurrence_for_every_number_of_states_of_many_channels(dsta
     assert_matches(inputs(2, 13001, 35, dstate, torch.bfloat16))
 
 
+# A first round on an H200 is 16,896 channels: none is left over, a few, so many that two lanes share each, too many for
+# that; several batch entries, which need not end with a round.
+@pytest.mark.parametrize(("batch", "channels"), [(1, 16896), (1, 17001), (1, 22333), (1, 26001), (3, 5633), (2, 9001),
+                                                 (8, 2117), (5, 7001), (17, 1001)])
+def test_many_channels_are_all_dealt_out(batch, channels):
+    assert_matches(inputs(batch, channels, 72, 7, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dstate", range(1, 17))
+def test_many_channels_with_rows_on_the_grid(dstate, dtype):
+    assert_matches(inputs(2, 17001, 40, dstate, dtype))
+
+
+@pytest.mark.parametrize("length", [8, 24, 64, 104, 520])
+def test_many_channels_over_any_number_of_tiles(length):
+    assert_matches(inputs(2, 9001, length, 5, torch.bfloat16))
+
+
+@pytest.mark.parametrize("absent", ["z", "D", "bias", "initial_state"])
+def test_optional_arguments_of_many_channels_may_be_absent(absent):
+    assert_matches(inputs(3, 5901, 40, 6, torch.float16, **{absent: False}))
+
+
+def test_many_channels_are_views_amid_others():
+    case = inputs(2, 9001, 96, 7, torch.bfloat16)
+    for start, name in enumerate(("u", "delta", "z", "B", "C")):
+        around = torch.full((*case[name].shape[:-1], 144), torch.nan, dtype=torch.bfloat16, device="cuda")
+        case[name] = around[..., 8 * start:8 * start + 96].copy_(case[name])
+    case["delta"] = case["delta"][:, :1].expand_as(case["u"])
+    wide = torch.full((2, 9003, 112), 7.0, dtype=torch.bfloat16, device="cuda")
+    torch.ops.shedder_cuda.selective_scan(
+        *(case[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")), True, case["initial_state"],
+        None, None, wide[:, 1:-1, 8:104], None)
+    want, _ = expected(case)
+    assert error(wide[:, 1:-1, 8:104], want) < TOLERANCE[torch.bfloat16]
+    wide[:, 1:-1, 8:104] = 7.0
+    assert (wide == 7.0).all()
+
+
+def test_what_comes_later_does_not_reach_back_in_many_channels():
+    case = inputs(2, 9001, 136, 6, torch.bfloat16)
+    want, _ = run(case)
+    for name in ("u", "delta", "z", "B", "C"):
+        late = case[name].clone()
+        late[..., 77:] = torch.nan
+        y, _ = run(case | {name: late})
+        assert torch.equal(y[..., :77], want[..., :77]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_channels_than_a_grid_has_rows(dtype):
+    assert_matches(inputs(1, 600_001, 8, 2, dtype))
+
+
 @pytest.mark.parametrize("dstate", [3, 8, 11, 16])
 @pytest.mark.parametrize("channels", [75, 4501])
 def test_matches_the_recurrence_where_lanes_share_channels(dstate, channels):

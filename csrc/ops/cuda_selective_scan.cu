@@ -1,12 +1,14 @@
 // Launcher of the selective scan: checks, chooses the kernel and its lanes and states per thread, launches.
 
 #include <algorithm>
-#include <optional>
+#include <type_traits>
 
 #include "kernels/selective_scan_fwd.cuh"
 #include "kernels/selective_scan_tiled.cuh"
-#include "ops/cuda_common.h"
+#include "ops/cuda_arguments.h"
+#include "ops/cuda_cluster.h"
 #include "ops/cuda_launchers.h"
+#include "ops/cuda_scan_channels.h"
 
 namespace shedder {
 namespace {
@@ -16,16 +18,6 @@ Strides3 strides3(const Tensor &t) { return {t.stride(0), t.stride(1), t.stride(
 Strides4 strides4(const Tensor &t) {
     if (t.dim() == 2) return {0, t.stride(0), t.stride(1), 0};
     return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
-
-void check(const Tensor &t, const char *name, const Tensor &like, ScalarType dtype,
-           std::initializer_list<int64_t> shape) {
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(),
-                    "shedder_cuda::selective_scan: ", name, " is not on the device of u");
-    STD_TORCH_CHECK(t.scalar_type() == dtype, "shedder_cuda::selective_scan: ", name, " has the wrong dtype");
-    bool fits = t.dim() == static_cast<int64_t>(shape.size());
-    for (size_t i = 0; fits && i < shape.size(); ++i) fits = t.size(i) == shape.begin()[i];
-    STD_TORCH_CHECK(fits, "shedder_cuda::selective_scan: ", name, " has the wrong shape");
 }
 
 // ---- the general form: any group for any channel
@@ -57,15 +49,15 @@ void launch_kernel(const SelectiveScanParams &p, const ScanTileAccess &access, i
                         == cudaSuccess,
                         "shedder_cuda::selective_scan: no ", Tile::kSharedBytes, " bytes of shared memory");
     constexpr int kCtaChannels = Tile::kChannels * Tile::kTiles;
-    const unsigned along_length = kSegmented ? segments : 1;
+    const unsigned ctas = (p.channels + kCtaChannels - 1) / kCtaChannels;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(along_length, (p.channels + kCtaChannels - 1) / kCtaChannels, p.batch);
+    config.gridDim = kSegmented ? dim3(segments, ctas, p.batch) : dim3(ctas, 1, p.batch);
     config.blockDim = Tile::kThreads;
     config.dynamicSmemBytes = Tile::kSharedBytes;
     config.stream = stream;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {along_length, 1, 1};
+    cluster.val.clusterDim = {static_cast<unsigned>(segments), 1, 1};
     config.attrs = &cluster;
     config.numAttrs = kSegmented ? 1 : 0;
     cudaLaunchKernelEx(&config, kernel, p, access);          // check_launch sees an error
@@ -104,7 +96,7 @@ void launch_many_states(const SelectiveScanParams &p, const ScanTileAccess &acce
 
 // Channels, batches counted. Fewer channels take more warps, and more instructions, for each: tiles of 16 channels,
 // of 8, of 8 whose states two warps share. Measured on an H200 (docs/measured-facts.md, selective scan).
-constexpr int64_t kFewChannels = 8192, kManyChannels = 24576;
+constexpr int64_t kFewChannels = 8192;
 
 template <typename Input>
 void launch_few_channels(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
@@ -120,17 +112,19 @@ void launch_some_channels(const SelectiveScanParams &p, const ScanTileAccess &ac
     return launch_tiled<Input, 2, 4, 2, 2, 1, 32, 10>(p, access, stream);
 }
 
-// Two lanes for a channel, the fewest exchanges; two pieces of each row in a thread: off the grid they would spill.
-template <typename Input, int kStates>
-void launch_two_lanes(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
-    launch_kernel<ScanTile<Input, kStates, 2, 1, 1, 4, 32>, room<Input>(5), true, false>(p, access, 1, stream);
-}
+// ---- the form for many channels
 
+// Whether there are channels enough: 32 for each scheduler of the GPU, 64 where states are many.
 template <typename Input>
-void launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
-    if (p.dstate > 4 && p.dstate <= 8) return launch_two_lanes<Input, 4>(p, access, stream);
-    if (p.dstate > 8 && p.dstate <= 12) return launch_two_lanes<Input, 6>(p, access, stream);
-    launch_some_channels<Input>(p, access, stream);
+bool launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device,
+                          cudaStream_t stream) {
+    if constexpr (sizeof(Input) == 2) {
+        const int64_t schedulers = int64_t{4} * multiprocessors(device), channels = int64_t{p.batch} * p.channels;
+        if (!on_the_grid(access) || channels < schedulers * (p.dstate <= 12 ? 32 : 64)) return false;
+        launch_scan_channels<Input>(p, schedulers, stream);
+        return true;
+    }
+    return false;
 }
 
 // Very few channels: a cluster shares the sequence. False where that is not worth two passes, or there are no clusters.
@@ -158,24 +152,22 @@ Access access_of(const Tensor &t) {
 }
 
 template <typename Input>
-void launch(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
+void launch(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device, cudaStream_t stream) {
     const bool general = p.channel_to_group != nullptr || p.seq_idx != nullptr || p.constant_B || p.constant_C;
     if (general) return launch_general<Input>(p, stream);
     if (p.dstate > 16) return launch_many_states<Input>(p, access, stream);
     if (launch_segments<Input>(p, access, stream)) return;
     const int64_t channels = int64_t{p.batch} * p.channels;
     if (channels < kFewChannels) return launch_few_channels<Input>(p, access, stream);
-    if (channels < kManyChannels || !on_the_grid(access)) return launch_some_channels<Input>(p, access, stream);
-    launch_many_channels<Input>(p, access, stream);
+    if (!launch_many_channels<Input>(p, access, device, stream)) launch_some_channels<Input>(p, access, stream);
 }
 
 }  // namespace
 
 void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const Tensor &B, const Tensor &C,
-                    const std::optional<Tensor> &D, const std::optional<Tensor> &z,
-                    const std::optional<Tensor> &delta_bias, bool delta_softplus,
-                    const std::optional<Tensor> &initial_state, const std::optional<Tensor> &channel_to_group,
-                    const std::optional<Tensor> &seq_idx, Tensor y, std::optional<Tensor> final_state) {
+                    const MaybeTensor &D, const MaybeTensor &z, const MaybeTensor &delta_bias, bool delta_softplus,
+                    const MaybeTensor &initial_state, const MaybeTensor &channel_to_group, const MaybeTensor &seq_idx,
+                    Tensor y, MaybeTensor final_state) {
     const ScalarType dtype = u.scalar_type();
     STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2 && (B.dim() == 4 || B.dim() == 2) && (C.dim() == 4 || C.dim() == 2),
                     "shedder_cuda::selective_scan takes u (B, D, L), A (D, N), B and C (B, G, N, L) or (D, N)");
@@ -189,39 +181,22 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
                     "shedder_cuda::selective_scan: D and L must be below 2^31");
     STD_TORCH_CHECK(groups == 1 || channel_to_group.has_value(),
                     "shedder_cuda::selective_scan: channel_to_group is needed for more than one group");
-    check(delta, "delta", u, dtype, {batch, channels, length});
-    check(A, "A", u, ScalarType::Float, {channels, dstate});
-    if (constant_B) check(B, "B", u, ScalarType::Float, {channels, dstate});
-    else check(B, "B", u, dtype, {batch, groups, dstate, length});
-    if (constant_C) check(C, "C", u, ScalarType::Float, {channels, dstate});
-    else check(C, "C", u, dtype, {batch, groups, dstate, length});
-    if (D) check(*D, "D", u, ScalarType::Float, {channels});
-    if (z) check(*z, "z", u, dtype, {batch, channels, length});
-    if (delta_bias) check(*delta_bias, "delta_bias", u, ScalarType::Float, {channels});
-    if (initial_state) {
-        check(*initial_state, "initial_state", u, ScalarType::Float, {batch, channels, dstate});
-        STD_TORCH_CHECK(initial_state->is_contiguous(),
-                        "shedder_cuda::selective_scan: initial_state is not contiguous");
-    }
-    if (channel_to_group) {
-        check(*channel_to_group, "channel_to_group", u, ScalarType::Int, {channels});
-        STD_TORCH_CHECK(channel_to_group->is_contiguous(),
-                        "shedder_cuda::selective_scan: channel_to_group is not contiguous");
-    }
-    check(y, "y", u, dtype, {batch, channels, length});
-    if (final_state) {
-        check(*final_state, "final_state", u, ScalarType::Float, {batch, channels, dstate});
-        STD_TORCH_CHECK(final_state->is_contiguous(), "shedder_cuda::selective_scan: final_state is not contiguous");
-    }
-    if (seq_idx) {
-        check(*seq_idx, "seq_idx", u, ScalarType::Int, {batch, length});
-        STD_TORCH_CHECK(seq_idx->is_contiguous(), "shedder_cuda::selective_scan: seq_idx is not contiguous");
-    }
-    if (batch == 0 || channels == 0) return;
-
-    auto floats = [](const std::optional<Tensor> &t) {
-        return t ? static_cast<const float *>(t->const_data_ptr()) : nullptr;
+    const Arguments arguments{"selective_scan", u.get_device_index()};
+    arguments.check(delta, "delta", dtype, {batch, channels, length});
+    arguments.check(A, "A", ScalarType::Float, {channels, dstate});
+    auto check_input = [&](const Tensor &t, const char *name) {
+        if (t.dim() == 2) arguments.check(t, name, ScalarType::Float, {channels, dstate});
+        else arguments.check(t, name, dtype, {batch, groups, dstate, length});
     };
+    check_input(B, "B");
+    check_input(C, "C");
+    if (z) arguments.check(*z, "z", dtype, {batch, channels, length});
+    arguments.check(y, "y", dtype, {batch, channels, length});
+    if (final_state) arguments.check(*final_state, "final_state", ScalarType::Float, {batch, channels, dstate});
+    arguments.check_contiguous(initial_state, "initial_state");
+    arguments.check_contiguous(channel_to_group, "channel_to_group");
+    arguments.check_contiguous(seq_idx, "seq_idx");
+    arguments.check_contiguous(final_state, "final_state");
     SelectiveScanParams p{};
     p.u = u.const_data_ptr();
     p.delta = delta.const_data_ptr();
@@ -229,14 +204,16 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
     p.B = B.const_data_ptr();
     p.C = C.const_data_ptr();
     p.z = z ? z->const_data_ptr() : nullptr;
-    p.D = floats(D);
-    p.delta_bias = floats(delta_bias);
-    p.initial_state = floats(initial_state);
+    p.D = arguments.floats(D, "D", {channels});
+    p.delta_bias = arguments.floats(delta_bias, "delta_bias", {channels});
+    p.initial_state = arguments.floats(initial_state, "initial_state", {batch, channels, dstate});
     p.y = y.mutable_data_ptr();
     p.final_state = final_state ? static_cast<float *>(final_state->mutable_data_ptr()) : nullptr;
-    const bool one_group = groups == 1;
-    p.channel_to_group = one_group ? nullptr : static_cast<const int32_t *>(channel_to_group->const_data_ptr());
-    p.seq_idx = seq_idx ? static_cast<const int32_t *>(seq_idx->const_data_ptr()) : nullptr;
+    p.channel_to_group = arguments.integers(channel_to_group, "channel_to_group", {channels});
+    if (groups == 1) p.channel_to_group = nullptr;
+    p.seq_idx = arguments.integers(seq_idx, "seq_idx", {batch, length});
+    if (batch == 0 || channels == 0) return;
+
     p.constant_B = constant_B;
     p.constant_C = constant_C;
     p.u_strides = strides3(u);
@@ -259,15 +236,9 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
         std::max({access_of(u), access_of(delta), z ? access_of(*z) : Access::kVector, access_of(y)}),
         std::max(access_of(B), access_of(C))};
 
-    const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-    const cudaStream_t stream = current_stream(u.get_device_index());
-    switch (dtype) {
-        case ScalarType::Float: launch<float>(p, access, stream); break;
-        case ScalarType::Half: launch<__half>(p, access, stream); break;
-        case ScalarType::BFloat16: launch<__nv_bfloat16>(p, access, stream); break;
-        default: STD_TORCH_CHECK(false, "shedder_cuda::selective_scan: u must be fp32, fp16 or bf16");
-    }
-    check_launch("selective_scan");
+    arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
+        launch<std::remove_pointer_t<decltype(type)>>(p, access, arguments.device, stream);
+    });
 }
 
 }  // namespace shedder

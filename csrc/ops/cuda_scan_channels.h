@@ -1,0 +1,15 @@
+// The launcher of the selective scan's form for many channels: kernels enough for a translation unit of its own.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/selective_scan_fwd.cuh"
+
+namespace shedder {
+
+// Input: fp16 or bf16; one group, N up to 16, rows that start at multiples of 16 bytes. schedulers: of the GPU.
+template <typename Input>
+void launch_scan_channels(const SelectiveScanParams &p, int64_t schedulers, cudaStream_t stream);
+
+}  // namespace shedder
