@@ -105,6 +105,52 @@ def test_views_at_odd_elements_and_every_extra(headdim, dstate, dtype, segments)
                           packed=True, channel_D=True, limit=(0.05, 0.4)), segments)
 
 
+@pytest.mark.parametrize("first", range(8))                          # element of a row: each start of boxes
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (60, 104)])
+def test_heads_start_anywhere(headdim, dstate, first):
+    case = inputs(2, 140, 5, headdim, dstate)
+    columns = {name: case[name][0, 0].numel() for name in ("x", "B", "C")}
+    pitch = (sum(columns.values()) + 15) // 8 * 8
+    around = torch.full((2, 140, pitch), torch.nan, dtype=torch.bfloat16, device="cuda")
+    for name, count in columns.items():                              # side by side, as a convolution leaves them
+        view = around[..., first:first + count].unflatten(2, case[name].shape[2:])
+        case[name] = view.copy_(case[name])
+        first += count
+    assert_matches(case)
+
+
+@pytest.mark.parametrize("heads", [70, 75, 80])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_neighbours_share_what_they_read(heads, groups):             # clusters, where heads start anywhere and are many
+    case = inputs(4, 130, heads, 61, 101, groups=[head * groups // heads for head in range(heads)], initial=True)
+    assert_matches(case)
+
+
+def test_neighbours_share_what_they_read_with_every_extra():
+    case = inputs(4, 130, 67, 61, 101, z=True, packed=True, channel_D=True)
+    assert_matches(case)
+
+
+# An H200 holds 264 heads at once, or 132 of many states. What is left over is taken in up to 4 parts, a head of a whole
+# round interrupted for those between, or, where it is more than half, one by one.
+@pytest.mark.parametrize(("batch", "heads"), [(1, 265), (4, 80), (5, 61), (8, 41), (6, 64), (3, 175)])
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (16, 200)])
+def test_heads_left_over_are_taken_in_parts(batch, heads, headdim, dstate):
+    case = inputs(batch, 650, heads, headdim, dstate, initial=True)
+    y, final = run(case)
+    for entry in {0, batch - 1}:                                     # the interrupted heads, and those left over
+        alone = {name: case[name][entry:entry + 1] for name in ("x", "dt", "B", "C", "initial_states")}
+        want_y, want_final = run(case | alone, 1)
+        assert torch.equal(y[entry:entry + 1], want_y) and torch.equal(final[entry:entry + 1], want_final)
+    assert_matches({**case, **alone})
+
+
+def test_steps_may_be_negative():
+    case = inputs(2, 200, 5, 61, 101, limit=(-0.5, 0.5))
+    assert_matches(case | {"dt_softplus": False})
+    assert (case["dt"] + case["dt_bias"] < 0).any()
+
+
 @pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("groups", [[0, 0, 0, 0, 1, 1, 1, 1], [3, 0, 2, 0, 0, 2, 2, 3, 0, 2, 0], list(range(8)),
                                     [1, 1, 1]])
@@ -144,17 +190,6 @@ def test_runs_on_the_current_stream_and_in_a_graph():
         graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, want)
-
-
-@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101)])
-def test_a_head_cut_in_halves_gives_the_same(headdim, dstate):
-    case = inputs(4, 650, 80, headdim, dstate, initial=True)         # 320 heads: 56 more than an H200 holds at once
-    y, final = run(case)
-    for entry in range(4):                                           # 80 heads: each whole, by a CTA of its own
-        alone = {name: case[name][entry:entry + 1] for name in ("x", "dt", "B", "C", "initial_states")}
-        want_y, want_final = run(case | alone)
-        assert torch.equal(y[entry:entry + 1], want_y) and torch.equal(final[entry:entry + 1], want_final)
-    assert_matches(case)
 
 
 def test_concurrent_segments_give_the_same_each_time():

@@ -21,6 +21,11 @@ __device__ inline int cluster_size() {
 // All threads of the cluster come by. Orders what was read before against what is written after, not what was written.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// The same, ordering all that was written before, which it waits for.
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 // Values that the CTAs of the cluster write into the shared memory of this one, and the count of what is still to come.
 // One thread opens it before the cluster's first barrier; whoever reads waits.

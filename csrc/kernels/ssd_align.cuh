@@ -1,35 +1,73 @@
-// Rows of C and B, of any pitch, copied as SSD's tiles want them: whole chunks of 64 rows of `columns` states, zeros
-// beyond what there is, tokens in the order of the tiles.
+// Rows of C and B that no tensor map reads well, copied as SSD's tiles want them: whole chunks of 64 rows that start at
+// whole lines of L2, zeros beyond the states there are, tokens in the order of the tiles.
 
 #pragma once
 
+#include "kernels/dependents.cuh"
 #include "kernels/ssd_rows.cuh"
 
 namespace shedder {
 
+struct SsdAlignOperand {
+    const uint16_t *from, *end;                              // end: behind the last element in memory
+    int64_t batch, time, group;                              // strides in elements
+    uint4 *to;                                               // (batch, group, token, piece of 8 states)
+};
+
 struct SsdAlignParams {
-    const uint16_t *C, *B;
-    int64_t C_strides[3], B_strides[3];                      // batch, time, group: in elements
-    uint4 *to;                                               // (C or B, batch, group, token, column)
-    int64_t pieces;                                          // of 8 columns, of C or of B
-    int length, rows, groups, dstate, columns;               // rows: whole chunks
+    SsdAlignOperand operands[2];                             // C, B
+    int length, rows, groups, dstate;                        // rows: whole chunks
+    int pieces, pitch;                                       // written of each row; from row to row
+    int blocks;                                              // of a batch entry and group
     bool turns;
 };
 
-__global__ void __launch_bounds__(256) ssd_align(const __grid_constant__ SsdAlignParams p) {
-    const int64_t piece = blockIdx.x * int64_t{256} + threadIdx.x;
+constexpr int kAlignThreads = 256, kAlignRows = 4;           // of a thread
+
+// kLanes neighbouring threads have one row.
+template <int kLanes>
+__global__ void __launch_bounds__(kAlignThreads) ssd_align(const __grid_constant__ SsdAlignParams p) {
+    start_dependents();                                      // ssd_fwd waits for the end of this kernel all the same
+    constexpr int kStep = kAlignThreads / kLanes;
+    const SsdAlignOperand &o = p.operands[blockIdx.y];
+    const int entry = blockIdx.x / p.blocks, batch = entry / p.groups, group = entry % p.groups;
+    const int piece = threadIdx.x % kLanes;
+    const int row0 = blockIdx.x % p.blocks * (kStep * kAlignRows) + threadIdx.x / kLanes;
     if (piece >= p.pieces) return;
-    const bool is_B = blockIdx.y == 1;
-    const int64_t *const strides = is_B ? p.B_strides : p.C_strides;
-    const int column = static_cast<int>(piece % (p.columns / 8)) * 8;
-    const int64_t row = piece / (p.columns / 8), entry = row / p.rows;       // of all batch entries and groups
-    const int at = static_cast<int>(row % p.rows), token = p.turns ? at / 64 * 64 + turned(at % 64) : at;
-    const uint16_t *const from = (is_B ? p.B : p.C) + entry / p.groups * strides[0] + token * strides[1]
-        + entry % p.groups * strides[2] + column;
-    uint32_t v[8];
+    const int in_row = max(min(p.dstate - piece * 8, 8), 0);
+    const uint16_t *const from = o.from + batch * o.batch + group * o.group + piece * 8;
+    uint4 *const to = o.to + int64_t{entry} * p.rows * p.pitch + piece;
+    uint4 low[kAlignRows] = {}, high[kAlignRows] = {};
+    int skew[kAlignRows], count[kAlignRows];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = token < p.length && column + i < p.dstate ? from[i] : 0;
-    p.to[(is_B ? p.pieces : 0) + piece] = {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
+    for (int i = 0; i < kAlignRows; ++i) {
+        const int row = row0 + i * kStep, token = p.turns ? row / 64 * 64 + turned(row % 64) : row;
+        count[i] = token < p.length ? in_row : 0;
+        const uint16_t *const first = from + token * o.time;
+        skew[i] = static_cast<int>(reinterpret_cast<uintptr_t>(first) / 2 & 7);
+        const uint4 *const words = reinterpret_cast<const uint4 *>(first - skew[i]);
+        if (count[i] > 0 && reinterpret_cast<const uint16_t *>(words + 2) <= o.end) {        // with what lies beside them
+            low[i] = words[0];
+            if (skew[i] + count[i] > 8) high[i] = words[1];
+        } else if (count[i] > 0) {
+            uint32_t v[4] = {};
+#pragma unroll
+            for (int k = 0; k < 8; ++k) v[k / 2] |= (k < count[i] ? uint32_t{first[k]} : 0u) << k % 2 * 16;
+            low[i] = {v[0], v[1], v[2], v[3]};
+            skew[i] = 0;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kAlignRows; ++i) {
+        const int row = row0 + i * kStep;
+        if (row >= p.rows) return;
+        uint4 v = joined(low[i], high[i], skew[i]);
+        auto keep = [&](uint32_t &word, int first) {
+            word &= count[i] >= first + 2 ? 0xffffffffu : count[i] > first ? 0xffffu : 0u;
+        };
+        keep(v.x, 0), keep(v.y, 2), keep(v.z, 4), keep(v.w, 6);
+        to[int64_t{row} * p.pitch] = v;
+    }
 }
 
 }  // namespace shedder

@@ -1,4 +1,7 @@
-// Rows of SSD's tiles in shared memory: shifted to the first column, and y to memory.
+// Rows of y from SSD's tiles in shared memory to memory.
+//
+// A row of y, the channels of one head and token, starts at any element. Where rows and their tiles allow, it goes as
+// pieces of 16, 8 or 4 bytes; else as the words of memory that lie wholly in it, and the halves of words at its ends.
 
 #pragma once
 
@@ -12,85 +15,105 @@ namespace shedder {
 // The row of a tile that holds token i of a chunk, and the other way round, where rows come in turns of 8 tokens.
 __host__ __device__ constexpr int turned(int i) { return (i & 7) << 3 | i >> 3; }
 
-// Rows of a tile moved to its first column from column `skew`, below 8; `rest` has the 8 columns behind each row. A
-// warp moves 8 rows, a lane a quarter of one.
-__device__ __forceinline__ void shift_rows(char *tile, const char *rest, int row, int quarter, int skew) {
-    if (skew == 0) return;
-    uint4 *const to[2] = {reinterpret_cast<uint4 *>(tile + tile_offset(row, quarter * 32)),
-                          reinterpret_cast<uint4 *>(tile + tile_offset(row, quarter * 32 + 16))};
-    const uint4 a = *to[0], b = *to[1];
-    const uint4 c = *reinterpret_cast<const uint4 *>(quarter == 3 ? rest + row * 16
-                                                                  : tile + tile_offset(row, quarter * 32 + 32));
-    __syncwarp();
-    uint32_t v[12] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
-    if (skew & 4)
+// Elements `by` to `by` + 7 of the 16 in a and b; only the lowest three bits of `by` count.
+__device__ __forceinline__ uint4 joined(uint4 a, uint4 b, int by) {
+    uint32_t v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-        for (int i = 0; i < 10; ++i) v[i] = v[i + 2];
-    if (skew & 2)
+    for (int i = 0; i < 6; ++i) v[i] = by & 4 ? v[i + 2] : v[i];
 #pragma unroll
-        for (int i = 0; i < 9; ++i) v[i] = v[i + 1];
-    if (skew & 1)
+    for (int i = 0; i < 5; ++i) v[i] = by & 2 ? v[i + 1] : v[i];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = __funnelshift_r(v[i], v[i + 1], 16);
-    *to[0] = {v[0], v[1], v[2], v[3]};
-    *to[1] = {v[4], v[5], v[6], v[7]};
+    for (int i = 0; i < 4; ++i) v[i] = __funnelshift_r(v[i], v[i + 1], (by & 1) * 16);
+    return {v[0], v[1], v[2], v[3]};
 }
 
-// The y of one head and chunk from its tile to memory: rows of `channels` elements, `stride` bytes apart.
-template <bool kTurns, int kBytes>
-__device__ __forceinline__ void store_aligned_rows(char *y, int64_t stride, const char *tile, int rows, int channels,
-                                                   unsigned thread) {
+// Pieces of one column of a tile, of every kStep-th row from row0 on, to memory: as many at a time as hide their latency.
+// piece_of(turn, down): of the row that lies `down` bytes below row0, whose swizzle differs by `turn`.
+template <bool kTurns, int kStep, typename PieceOf>
+__device__ __forceinline__ void store_column(char *to, int64_t step, int row0, int rows, PieceOf piece_of) {
+    constexpr int kCount = 64 / kStep < 8 ? 64 / kStep : 8;
+    const auto store = [&](auto all) {
+#pragma unroll 1
+        for (int first = 0; first < kTileRows; first += kCount * kStep) {
+            decltype(piece_of(0, 0)) v[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {               // bits of row0 or of what is added, none of both
+                const int row = kTurns ? turned(first + i * kStep) : first + i * kStep;
+                v[i] = piece_of((row & 7) << 4, row * 128);
+            }
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                if (decltype(all)::value || row0 + first + i * kStep < rows) *reinterpret_cast<decltype(&v[i])>(to) = v[i];
+                to += step;
+            }
+        }
+    };
+    if (rows == kTileRows) store(std::true_type{});
+    else store(std::false_type{});
+}
+
+// Pieces of kBytes, which in the tile lie as in memory: y is where column 0 of the first row would be.
+template <int kBytes>
+__device__ __forceinline__ void store_pieces(char *y, int64_t stride, const char *tile, int first, int rows,
+                                             int channels, unsigned thread) {
     using Piece = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
     constexpr int kLanes = 128 / kBytes, kStep = 64 / kLanes;
-    const int byte = thread % kLanes * kBytes, row0 = static_cast<int>(thread / kLanes);
-    if (byte >= channels * 2) return;
-    char *to = y + row0 * stride + byte;
-    const uint32_t at = tile_offset(kTurns ? turned(row0) : row0, byte);
-#pragma unroll 4
-    for (int i = 0; i < kTileRows; i += kStep) {
-        const int row = kTurns ? turned(i) : i;              // bits of `row0` or of `i`, none of both
-        const Piece v = *reinterpret_cast<const Piece *>(tile + (at ^ (row & 7) << 4) + row * 128);
-        if (row0 + i < rows) *reinterpret_cast<Piece *>(to) = v;
-        to += kStep * stride;
-    }
+    const int at_byte = thread % kLanes * kBytes, row0 = static_cast<int>(thread / kLanes);
+    const int byte = at_byte < first * 2 ? at_byte + 128 : at_byte;          // behind column 63 comes column 0
+    if ((first + channels) * 2 <= byte) return;
+    const uint32_t at = tile_offset(row0, at_byte);
+    store_column<false, kStep>(y + row0 * stride + byte, kStep * stride, row0, rows, [&](uint32_t turn, uint32_t down) {
+        return *reinterpret_cast<const Piece *>(tile + (at ^ turn) + down);
+    });
 }
 
-// Rows of an odd number of channels: the aligned words around them, halves at their ends.
+// Words of memory, and halves of words at the ends of rows.
 template <bool kTurns>
-__device__ __forceinline__ void store_odd_rows(char *y, int64_t stride, const char *tile, int rows, int channels,
-                                               unsigned thread) {
-    const int lane = thread % 32, row0 = thread / 32;
-    char *to = y + row0 * stride;
-    const int byte = lane * 4 - static_cast<int>(reinterpret_cast<uintptr_t>(to) & 2);   // of the row: this lane's word
-    const bool low = byte >= 0 && byte < channels * 2, high = byte + 2 < channels * 2;
-    const int first = kTurns ? turned(row0) : row0;
-    const uint32_t low_at = tile_offset(first, max(byte, 0)), high_at = tile_offset(first, min(byte + 2, 126));
-    to += byte;
-#pragma unroll 4
-    for (int i = 0; i < kTileRows; i += 2) {                 // an even number of rows on, so words lie alike
-        const int row = kTurns ? turned(i) : i;
-        const uint32_t v = *reinterpret_cast<const uint16_t *>(tile + (low_at ^ (row & 7) << 4) + row * 128);
-        const uint32_t w = *reinterpret_cast<const uint16_t *>(tile + (high_at ^ (row & 7) << 4) + row * 128);
-        const bool exists = row0 + i < rows;
-        if (exists && low && high) *reinterpret_cast<uint32_t *>(to) = v | w << 16;
-        if (exists && low && !high) *reinterpret_cast<uint16_t *>(to) = static_cast<uint16_t>(v);
-        if (exists && !low && high) *reinterpret_cast<uint16_t *>(to + 2) = static_cast<uint16_t>(w);
-        to += 2 * stride;
+__device__ __forceinline__ void store_words(char *y, int64_t stride, const char *tile, int first, int rows,
+                                            int channels, unsigned thread) {
+    const auto halves_before = [](const char *row) { return static_cast<int>(reinterpret_cast<uintptr_t>(row) / 2 & 1); };
+    const int lane = thread % 32, row0 = thread / 32;        // every second row, so that words lie alike in all
+    const int channel = 2 * lane - halves_before(y + row0 * stride);         // the first of this lane's word
+    if (0 <= channel && channel + 2 <= channels) {
+        const int tile_row = kTurns ? turned(row0) : row0, word = (first + channel) / 2;
+        const uint32_t low = tile_offset(tile_row, word % 32 * 4), high = tile_offset(tile_row, (word + 1) % 32 * 4);
+        char *const to = y + row0 * stride + channel * 2;
+        const auto load = [&](uint32_t at, uint32_t turn, uint32_t down) {
+            return *reinterpret_cast<const uint32_t *>(tile + (at ^ turn) + down);
+        };
+        if (first + channel & 1)                             // the same for all lanes
+            store_column<kTurns, 2>(to, 2 * stride, row0, rows, [&](uint32_t turn, uint32_t down) {
+                return __funnelshift_r(load(low, turn, down), load(high, turn, down), 16);
+            });
+        else
+            store_column<kTurns, 2>(to, 2 * stride, row0, rows,
+                                    [&](uint32_t turn, uint32_t down) { return load(low, turn, down); });
     }
-    // 64 channels from the middle of a word end in a 33rd word.
-    const int last = static_cast<int>(thread);
-    if (channels == 64 && last < min(rows, kTileRows) && reinterpret_cast<uintptr_t>(y + last * stride) & 2)
-        *reinterpret_cast<uint16_t *>(y + last * stride + 126) =
-            *reinterpret_cast<const uint16_t *>(tile + tile_offset(kTurns ? turned(last) : last, 126));
+    const int token = static_cast<int>(thread);
+    if (token >= rows) return;
+    char *const row = y + token * stride;
+    const auto store_half = [&](int channel) {
+        *reinterpret_cast<uint16_t *>(row + channel * 2) = *reinterpret_cast<const uint16_t *>(
+            tile + tile_offset(kTurns ? turned(token) : token, (first + channel & 63) * 2));
+    };
+    const int before = halves_before(row);
+    if (before) store_half(0);
+    if (before + channels & 1) store_half(channels - 1);
 }
 
+// 64 threads store `rows` rows of `channels` elements, `stride` bytes apart; channel c lies in column first + c, modulo
+// 64.
 template <bool kTurns>
-__device__ __forceinline__ void store_rows(char *y, int64_t stride, const char *tile, int rows, int channels,
-                                           int headdim, unsigned thread) {
-    if (headdim % 8 == 0) store_aligned_rows<kTurns, 16>(y, stride, tile, rows, channels, thread);
-    else if (headdim % 4 == 0) store_aligned_rows<kTurns, 8>(y, stride, tile, rows, channels, thread);
-    else if (headdim % 2 == 0) store_aligned_rows<kTurns, 4>(y, stride, tile, rows, channels, thread);
-    else store_odd_rows<kTurns>(y, stride, tile, rows, channels, thread);
+__device__ __forceinline__ void store_rows(char *y, int64_t stride, const char *tile, int first, int rows, int channels,
+                                           unsigned thread) {
+    char *const column0 = y - first * 2;
+    // Bits of what a piece must divide.
+    const unsigned apart = static_cast<unsigned>(stride) | static_cast<unsigned>(reinterpret_cast<uintptr_t>(column0))
+        | static_cast<unsigned>(first * 2 | channels * 2);
+    if (kTurns || apart % 4 != 0) store_words<kTurns>(y, stride, tile, first, rows, channels, thread);
+    else if (apart % 16 == 0) store_pieces<16>(column0, stride, tile, first, rows, channels, thread);
+    else if (apart % 8 == 0) store_pieces<8>(column0, stride, tile, first, rows, channels, thread);
+    else store_pieces<4>(column0, stride, tile, first, rows, channels, thread);
 }
 
 }  // namespace shedder

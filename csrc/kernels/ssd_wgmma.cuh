@@ -120,8 +120,20 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, in
                  "[%1, {%2, %3, %4}], [%5];"
                  ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(batch), "r"(barrier) : "memory");
 }
+__device__ __forceinline__ void prefetch_box(const CUtensorMap *map, int column, int row, int batch) {       // into L2
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
+                 ::"l"(map), "r"(column), "r"(row), "r"(batch) : "memory");
+}
+// to_all: bits of the CTAs of the cluster that the box goes to, each at the same place and with the same barrier; 0: here.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int column, int row, int group, int batch,
-                                         uint32_t barrier) {
+                                         uint32_t barrier, uint32_t to_all) {
+    if (to_all != 0) {
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                     "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+                     ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(group), "r"(batch), "r"(barrier),
+                       "h"(static_cast<uint16_t>(to_all)) : "memory");
+        return;
+    }
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
                  "[%1, {%2, %3, %4, %5}], [%6];"
                  ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(group), "r"(batch), "r"(barrier) : "memory");
@@ -139,8 +151,17 @@ __device__ __forceinline__ void barriers_are_there() {
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {        // more, in this phase
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+__device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int bytes) {  // in this phase
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// At the same place in the shared memory of a CTA of the cluster.
+__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, int rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void store_remote(uint32_t address, int rank, int value) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "st.shared::cluster.b32 [there], %2;\n}" ::"r"(address), "r"(rank), "r"(value) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
@@ -162,6 +183,16 @@ __device__ __forceinline__ void give_registers() {
 // What these threads wrote to shared memory is seen by wgmma after the next barrier.
 __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// A count in memory that stands for what was written before it rose.
+__device__ __forceinline__ void release_one(int32_t *count) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ int32_t acquire(const int32_t *count) {
+    int32_t value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ void warpgroup_barrier(int id) {
     asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
 }
@@ -176,6 +207,10 @@ __device__ __forceinline__ void barrier_sync_at() { asm volatile("bar.sync %0, 1
 __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+// Of a block whose rows lie 4 lanes apart: row r becomes what was row r + by, by < 8; `next` has the 8 rows behind.
+__device__ __forceinline__ uint32_t rows_up(uint32_t own, uint32_t next, int by, int lane) {
+    return __shfl_sync(0xffffffffu, lane / 4 >= by ? own : next, lane + 4 * by);
 }
 __device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"

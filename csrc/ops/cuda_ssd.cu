@@ -1,27 +1,19 @@
 // Launcher of SSD: checks, makes the tensor maps, deals heads or segments of them to CTAs, launches.
 
 #include <algorithm>
-#include <optional>
+#include <type_traits>
+#include <utility>
 
 #include <torch/csrc/stable/ops.h>
 
 #include "kernels/ssd_align.cuh"
 #include "kernels/ssd_fwd.cuh"
-#include "ops/cuda_common.h"
+#include "ops/cuda_arguments.h"
+#include "ops/cuda_cluster.h"
 #include "ops/cuda_launchers.h"
 
 namespace shedder {
 namespace {
-
-void check(const Tensor &t, const char *name, const Tensor &like, ScalarType dtype,
-           std::initializer_list<int64_t> shape) {
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(),
-                    "shedder_cuda::ssd: ", name, " is not on the device of x");
-    STD_TORCH_CHECK(t.scalar_type() == dtype, "shedder_cuda::ssd: ", name, " has the wrong dtype");
-    bool fits = t.dim() == static_cast<int64_t>(shape.size());
-    for (size_t i = 0; fits && i < shape.size(); ++i) fits = t.size(i) == shape.begin()[i];
-    STD_TORCH_CHECK(fits, "shedder_cuda::ssd: ", name, " has the wrong shape");
-}
 
 // The strides of a (batch, time, head, element) tensor whose elements are neighbours.
 SsdStrides strides(const Tensor &t, const char *name) {
@@ -60,65 +52,82 @@ CUtensorMap tensor_map(const char *name, ScalarType dtype, uint64_t address, int
 
 uint64_t address_of(const Tensor &t) { return reinterpret_cast<uint64_t>(t.const_data_ptr()); }
 
-// Whether all rows of (batch, time, group, state) start at multiples of 16 bytes.
-bool is_aligned(const Tensor &t) {
+// Whether all rows of (batch, time, head or group, element) start at multiples of so many bytes.
+bool is_aligned(const Tensor &t, uint64_t bytes) {
     uint64_t bits = address_of(t);
     for (int i = 0; i < 3; ++i)
         if (t.size(i) > 1) bits |= static_cast<uint64_t>(t.stride(i)) * 2;
-    return bits % 16 == 0;
+    return bits % bytes == 0;
 }
 
-// The map of C or B.
-CUtensorMap states_map(const char *name, ScalarType dtype, uint64_t address, int64_t batch, int64_t rows,
+// The map of C or B: boxes of the rows that one of `cluster` CTAs brings.
+CUtensorMap states_map(const char *name, ScalarType dtype, uint64_t address, int cluster, int64_t batch, int64_t rows,
                        int64_t groups, int64_t dstate, int64_t of_batch, int64_t of_row, int64_t of_group) {
     auto stride = [](int64_t size, int64_t elements) { return size > 1 ? static_cast<uint64_t>(elements) * 2 : 16; };
     const uint64_t sizes[4] = {static_cast<uint64_t>(dstate), static_cast<uint64_t>(rows),
                                static_cast<uint64_t>(groups), static_cast<uint64_t>(batch)};
     const uint64_t strides[3] = {stride(rows, of_row), stride(groups, of_group), stride(batch, of_batch)};
-    const uint32_t box[4] = {64, kChunk, 1, 1};
+    const uint32_t box[4] = {64, static_cast<uint32_t>(kChunk / cluster), 1, 1};
     return tensor_map(name, dtype, address, 4, sizes, strides, box);
 }
 
-// The maps of C and B, or of copies of them that are aligned: these are returned, for torch to free in stream order.
-std::optional<Tensor> make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int64_t columns,
-                                       cudaStream_t stream) {
+// The maps of C and B, or of copies of them; these are returned, for torch to free in stream order.
+MaybeTensor make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int64_t columns,
+                             cudaStream_t stream) {
     const int64_t batch = B.size(0), length = B.size(1), groups = B.size(2);
-    if (!p.turns && is_aligned(B) && is_aligned(C)) {
-        p.C = states_map("C", C.scalar_type(), address_of(C), batch, length, groups, p.dstate, C.stride(0), C.stride(1),
-                         C.stride(2));
-        p.B = states_map("B", B.scalar_type(), address_of(B), batch, length, groups, p.dstate, B.stride(0), B.stride(1),
-                         B.stride(2));
+    // 32 bytes are a sector of L2: boxes whose rows start between two of them read a quarter more.
+    if (!p.turns && is_aligned(B, 32) && is_aligned(C, 32)) {
+        auto map = [&](const char *name, const Tensor &t) {
+            return states_map(name, t.scalar_type(), address_of(t), p.cluster, batch, length, groups, p.dstate,
+                              t.stride(0), t.stride(1), t.stride(2));
+        };
+        p.C = map("C", C);
+        p.B = map("B", B);
         return std::nullopt;
     }
     const int64_t rows = (length + kChunk - 1) / kChunk * kChunk;
-    const int64_t of_group = rows * columns, of_batch = groups * of_group, elements = batch * of_batch;
+    const int64_t pitch = (columns + 63) / 64 * 64;          // whole lines of L2
+    const int64_t of_group = rows * pitch, of_batch = groups * of_group, elements = batch * of_batch;
     const Tensor aligned = torch::stable::new_empty(B, {2, elements});
+    uint4 *to = static_cast<uint4 *>(aligned.mutable_data_ptr());
+    auto operand = [&](const Tensor &t) {
+        SsdAlignOperand o{static_cast<const uint16_t *>(t.const_data_ptr()), nullptr, t.stride(0), t.stride(1),
+                          t.stride(2), to};
+        o.end = o.from + p.dstate;
+        for (int i = 0; i < 3; ++i) o.end += (t.size(i) - 1) * t.stride(i);
+        to += elements / 8;
+        return o;
+    };
     SsdAlignParams a{};
-    a.C = static_cast<const uint16_t *>(C.const_data_ptr());
-    a.B = static_cast<const uint16_t *>(B.const_data_ptr());
-    for (int i = 0; i < 3; ++i) {
-        a.C_strides[i] = C.stride(i);
-        a.B_strides[i] = B.stride(i);
-    }
-    a.to = static_cast<uint4 *>(aligned.mutable_data_ptr());
-    a.pieces = elements / 8;
+    a.operands[0] = operand(C);
+    a.operands[1] = operand(B);
     a.length = p.length;
     a.rows = static_cast<int>(rows);
     a.groups = static_cast<int>(groups);
     a.dstate = p.dstate;
-    a.columns = static_cast<int>(columns);
+    a.pieces = static_cast<int>(columns / 8);
+    a.pitch = static_cast<int>(pitch / 8);
     a.turns = p.turns;
-    ssd_align<<<dim3(static_cast<unsigned>((a.pieces + 255) / 256), 2), 256, 0, stream>>>(a);
+    auto start = [&](auto kernel, int lanes) {
+        const int64_t in_block = kAlignThreads / lanes * kAlignRows;
+        a.blocks = static_cast<int>((rows + in_block - 1) / in_block);
+        kernel<<<dim3(static_cast<unsigned>(batch * groups * a.blocks), 2), kAlignThreads, 0, stream>>>(a);
+    };
+    if (columns <= 128) start(ssd_align<16>, 16);
+    else start(ssd_align<32>, 32);
+    auto map = [&](const char *name, uint64_t address) {
+        return states_map(name, B.scalar_type(), address, p.cluster, batch, rows, groups, columns, of_batch, pitch,
+                          of_group);
+    };
     const uint64_t address = address_of(aligned);
-    p.C = states_map("C", C.scalar_type(), address, batch, rows, groups, columns, of_batch, columns, of_group);
-    p.B = states_map("B", B.scalar_type(), address + elements * 2, batch, rows, groups, columns, of_batch, columns,
-                     of_group);
+    p.C = map("C", address);
+    p.B = map("B", address + elements * 2);
     return aligned;
 }
 
 // A row of the first map is a token and the `turns` - 1 before the next row's. Where the last row has fewer, the second
 // map is without it: so the last column of the last row is the tensor's last element, and nothing behind it is read.
-SsdOperand operand(const Tensor &t, const char *name, int64_t turns, bool shifts) {
+SsdOperand operand(const Tensor &t, const char *name, int64_t turns) {
     const int64_t batch = t.size(0), length = t.size(1), heads = t.size(2), width = t.size(3);
     const int64_t of_batch = batch > 1 ? t.stride(0) : 0, of_head = heads > 1 ? t.stride(2) : 0;
     const int64_t of_time = length > 1 ? t.stride(1) : 8;
@@ -143,7 +152,7 @@ SsdOperand operand(const Tensor &t, const char *name, int64_t turns, bool shifts
         const uint32_t box_rows = static_cast<uint32_t>(kChunk / turns), box[3] = {64, box_rows, 1},
                        rest[3] = {8, box_rows, 1};
         o.map[fewer] = tensor_map(name, t.scalar_type(), address, 3, sizes, strides, box);
-        if (shifts) o.rest[fewer] = tensor_map(name, t.scalar_type(), address, 3, sizes, strides, rest);
+        o.rest[fewer] = tensor_map(name, t.scalar_type(), address, 3, sizes, strides, rest);
     }
     o.first = static_cast<int>(first);
     o.head = static_cast<int>(of_head);
@@ -153,26 +162,40 @@ SsdOperand operand(const Tensor &t, const char *name, int64_t turns, bool shifts
     return o;
 }
 
-int processors(int device) {
-    int count = 0;
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
 // Whether this device runs ssd_fwd: its instructions are those of compute capability 9.0 alone.
-bool is_hopper(int device) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    return major == 9 && minor == 0;
+bool is_hopper(int32_t device) {
+    return device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9
+        && device_attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
 }
 
-// Concurrent segments of each head: where the heads leave room on the GPU for several of them at once, if that saves
-// more than it costs. By times of an H200: a chunk of a segment takes as long as 2.2 of a whole sequence, since it is
-// passed twice and shares a multiprocessor, and the hand-overs as long as 11.
-int best_segments(int64_t states, int slots, int chunks) {
-    const int count = static_cast<int>(std::clamp<int64_t>(slots / states, 1, chunks));
-    return chunks * 2.2 / count + 11 < chunks ? count : 1;
+// Concurrent segments of each head, where the heads leave room on the GPU for several of them at once: as many as take
+// the least time, if that saves a twentieth. By times of an H200, in chunks of a whole sequence: a chunk that is passed
+// twice takes 1.6, 1.3 times as long where two CTAs share a multiprocessor, and a hand-over 4.5.
+int best_segments(int64_t units, int slots, int processors, int chunks) {
+    int best = 1;
+    double least = 0.95 * chunks;
+    for (int count = 2; count <= std::min<int64_t>(slots / units, chunks); ++count) {
+        const double crowd = count * units > processors ? 1.3 : 1.0;
+        const double time = 1.6 * crowd * ((chunks + count - 1) / count) + 4.5 * (count - 1);
+        if (time < least) best = count, least = time;
+    }
+    return best;
+}
+
+// CTAs that share what they read of B and C. The copies of boxes are counted line by line: heads that start anywhere lie
+// in twice as many lines, and then the shares pay; else they cost more than they save. Measured on an H200
+// (docs/measured-facts.md, SSD).
+int best_cluster(const SsdParams &p, const Tensor &x, const MaybeTensor &z) {
+    const bool anywhere = !is_aligned(x, 16) || (z && !is_aligned(*z, 16));
+    return anywhere && p.states >= 2 * multiprocessors(x.get_device_index()) ? 2 : 1;
+}
+
+// In how many parts a unit is taken that is left over after the last full round: as many as there are clusters for,
+// where the parts are long enough.
+int best_parts(int left, int slots, int chunks) {
+    constexpr int kMostParts = 4, kShortestPart = 2;
+    const int parts = left == 0 ? 0 : std::min({slots / left, kMostParts, chunks / kShortestPart});
+    return parts < 2 ? 0 : parts;
 }
 
 template <typename Input, int kStates16, bool kExtras>
@@ -183,36 +206,57 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
     STD_TORCH_CHECK(allowed == cudaSuccess, "shedder_cuda::ssd: ", cudaGetErrorString(allowed));
 
-    const std::optional<Tensor> aligned = make_states_maps(p, B, C, kStates16 * 16, stream);
     const int chunks = (p.length + kChunk - 1) / kChunk;
-    const int slots = processors(B.get_device_index()) * kSsdCtas<kStates16>;
-    if (segments == 0) segments = best_segments(p.states, slots, chunks);
-    p.ctas = p.states;
+    const int processors = multiprocessors(B.get_device_index());
+    const int slots = processors * kSsdCtas<kStates16> / p.cluster;     // of clusters
+    p.units = (p.states + p.cluster - 1) / p.cluster;
+    if (segments == 0) segments = best_segments(p.units, slots, processors / p.cluster, chunks);
+    p.clusters = p.units;
     p.rounds = 1;
-    int carries = 0;                                         // states that CTAs leave to others
+    int64_t places = 0;                                      // of states that clusters leave
     if (segments > 1) {
         p.segment_chunks = static_cast<int>((chunks + segments - 1) / segments);
-        p.ctas *= (chunks + p.segment_chunks - 1) / p.segment_chunks;
-        carries = p.ctas - p.states;
-    } else if (const int left = p.states % slots; p.states > slots && 0 < left && left <= slots / 2 && chunks > 1) {
-        p.ctas = slots;
-        p.rounds = p.states / slots;
-        p.halved = carries = left;
+        p.clusters *= (chunks + p.segment_chunks - 1) / p.segment_chunks;
+        places = p.clusters - p.units;
+    } else if (p.units > slots) {
+        const int left = p.units % slots, parts = best_parts(left, slots, chunks);
+        if (parts > 0) {
+            p.clusters = slots;
+            p.rounds = p.units / slots;
+            p.left = left;
+            p.parts = parts;
+            places = (2 * parts - 3) * left;                 // behind a part, and of heads that are interrupted
+        }
     }
-    std::optional<Tensor> carry, tickets;                    // freed by torch in the order of the stream
-    if (carries > 0) {
-        carry = torch::stable::new_empty(B, {int64_t{carries} * kStates16 * 8 * 128}, ScalarType::Float);
-        tickets = torch::stable::new_empty(B, {int64_t{carries} + 1}, ScalarType::Int);
+    places *= p.cluster;
+    MaybeTensor carry, tickets;                    // freed by torch in the order of the stream
+    if (places > 0) {
+        carry = torch::stable::new_empty(B, {places * kStates16 * 8 * 128}, ScalarType::Float);
+        tickets = torch::stable::new_empty(B, {1 + places}, ScalarType::Int);
         p.carry = static_cast<float *>(carry->mutable_data_ptr());
         p.tickets = static_cast<int32_t *>(tickets->mutable_data_ptr());
-        cudaMemsetAsync(p.tickets, 0, (carries + size_t{1}) * sizeof(int32_t), stream);
+        cudaMemsetAsync(p.tickets, 0, (1 + places) * sizeof(int32_t), stream);
     }
-    kernel<<<p.ctas, 256, kShared, stream>>>(p);
+    // Right before the kernel that may start with it.
+    const MaybeTensor aligned = make_states_maps(p, B, C, kStates16 * 16, stream);
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(p.clusters * p.cluster);
+    config.blockDim = 256;
+    config.dynamicSmemBytes = kShared;
+    config.stream = stream;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(p.cluster), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;   // behind ssd_align, which lets it start
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    config.numAttrs = aligned ? 2 : 1;
+    cudaLaunchKernelEx(&config, kernel, p);                  // check_launch sees an error
 }
 
 template <typename Input, int kStates16>
 void launch(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
-    if (p.has_z || p.runs != nullptr) launch_with<Input, kStates16, true>(p, B, C, segments, stream);
+    if (p.has_z || p.runs != nullptr || p.turns) launch_with<Input, kStates16, true>(p, B, C, segments, stream);
     else launch_with<Input, kStates16, false>(p, B, C, segments, stream);
 }
 
@@ -231,71 +275,60 @@ void launch_for_states(SsdParams &p, const Tensor &B, const Tensor &C, int64_t s
 
 }  // namespace
 
-void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
-         const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
-         bool dt_softplus, double dt_min, double dt_max, const Tensor &head_to_group,
-         const std::optional<Tensor> &initial_states, const std::optional<Tensor> &runs, Tensor y,
+void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C, const MaybeTensor &D,
+         const MaybeTensor &z, const MaybeTensor &dt_bias, bool dt_softplus, double dt_min, double dt_max,
+         const Tensor &head_to_group, const MaybeTensor &initial_states, const MaybeTensor &runs, Tensor y,
          Tensor final_states, int64_t segments) {
     const ScalarType dtype = x.scalar_type();
-    if (dtype == ScalarType::Float || !is_hopper(x.get_device_index()))
+    const bool negative_dt = dt_max < 0 || (!dt_softplus && dt_min < 0);     // possible: ssd_fwd takes its logarithm
+    if (dtype == ScalarType::Float || negative_dt || !is_hopper(x.get_device_index()))
         return ssd_portable(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, head_to_group, initial_states,
                             runs, y, final_states);
     STD_TORCH_CHECK(x.dim() == 4 && B.dim() == 4, "shedder_cuda::ssd takes x (B, L, H, P), B and C (B, L, G, N)");
     const int64_t batch = x.size(0), length = x.size(1), heads = x.size(2), headdim = x.size(3);
     const int64_t groups = B.size(2), dstate = B.size(3);
     STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                    "shedder_cuda::ssd: x must be fp16 or bf16");
+                    "shedder_cuda::ssd: x must be fp32, fp16 or bf16");
     STD_TORCH_CHECK(1 <= dstate && dstate <= 256, "shedder_cuda::ssd: N is ", dstate, "; accepted: 1..256");
     STD_TORCH_CHECK(1 <= headdim && headdim <= 1024, "shedder_cuda::ssd: P is ", headdim, "; accepted: 1..1024");
     STD_TORCH_CHECK(length < (int64_t{1} << 31) - 128, "shedder_cuda::ssd: L must be below 2^31");
     STD_TORCH_CHECK(batch * heads * ((headdim + 63) / 64) < (int64_t{1} << 27),
                     "shedder_cuda::ssd: batch times heads is too large");
-    check(dt, "dt", x, dt.scalar_type() == ScalarType::Float ? ScalarType::Float : dtype, {batch, length, heads});
-    check(A, "A", x, ScalarType::Float, {heads});
-    check(B, "B", x, dtype, {batch, length, groups, dstate});
-    check(C, "C", x, dtype, {batch, length, groups, dstate});
-    if (D && D->dim() == 1) check(*D, "D", x, ScalarType::Float, {heads});
-    else if (D) check(*D, "D", x, ScalarType::Float, {heads, headdim});
-    if (z) check(*z, "z", x, dtype, {batch, length, heads, headdim});
-    if (dt_bias) check(*dt_bias, "dt_bias", x, ScalarType::Float, {heads});
-    check(head_to_group, "head_to_group", x, ScalarType::Int, {heads});
-    STD_TORCH_CHECK(head_to_group.is_contiguous(), "shedder_cuda::ssd: head_to_group is not contiguous");
-    if (initial_states) {
-        check(*initial_states, "initial_states", x, ScalarType::Float, {batch, heads, headdim, dstate});
-        STD_TORCH_CHECK(initial_states->is_contiguous(), "shedder_cuda::ssd: initial_states is not contiguous");
-    }
-    if (runs) {
-        check(*runs, "runs", x, ScalarType::Int, {batch, length});
-        STD_TORCH_CHECK(runs->is_contiguous(), "shedder_cuda::ssd: runs is not contiguous");
-    }
     STD_TORCH_CHECK(0 <= segments && segments <= 1024,
                     "shedder_cuda::ssd: segments is ", segments, "; accepted: 0..1024");
+    const Arguments arguments{"ssd", x.get_device_index()};
+    arguments.check(dt, "dt", dt.scalar_type() == ScalarType::Float ? ScalarType::Float : dtype,
+                    {batch, length, heads});
+    arguments.check(A, "A", ScalarType::Float, {heads});
+    arguments.check(B, "B", dtype, {batch, length, groups, dstate});
+    arguments.check(C, "C", dtype, {batch, length, groups, dstate});
+    if (z) arguments.check(*z, "z", dtype, {batch, length, heads, headdim});
+    arguments.check(y, "y", dtype, {batch, length, heads, headdim});
+    arguments.check(final_states, "final_states", ScalarType::Float, {batch, heads, headdim, dstate});
+    arguments.check_contiguous(head_to_group, "head_to_group");
+    arguments.check_contiguous(initial_states, "initial_states");
+    arguments.check_contiguous(runs, "runs");
+    arguments.check_contiguous(y, "y");
+    arguments.check_contiguous(final_states, "final_states");
     for (const auto &[t, name] : {std::pair(&x, "x"), {&B, "B"}, {&C, "C"}, {z ? &*z : &x, "z"}})
         STD_TORCH_CHECK(t->size(3) == 1 || t->stride(3) == 1,
                         "shedder_cuda::ssd: the last dimension of ", name, " is not contiguous");
-    check(y, "y", x, dtype, {batch, length, heads, headdim});
-    check(final_states, "final_states", x, ScalarType::Float, {batch, heads, headdim, dstate});
-    STD_TORCH_CHECK(y.is_contiguous() && final_states.is_contiguous(),
-                    "shedder_cuda::ssd: y or final_states is not contiguous");
+    SsdParams p{};
+    if (D && D->dim() == 2) p.D = arguments.floats(D, "D", {heads, headdim});
+    else p.D = arguments.floats(D, "D", {heads});
+    p.dt_bias = arguments.floats(dt_bias, "dt_bias", {heads});
+    p.initial = arguments.floats(initial_states, "initial_states", {batch, heads, headdim, dstate});
+    p.runs = arguments.integers(runs, "runs", {batch, length});
+    p.head_to_group = arguments.integers(head_to_group, "head_to_group", {heads});
     if (batch == 0 || heads == 0 || length == 0) return;
 
-    auto floats = [](const std::optional<Tensor> &t) {
-        return t ? static_cast<const float *>(t->const_data_ptr()) : nullptr;
-    };
-    SsdParams p{};
     auto pitch_fits = [](const Tensor &t) { return t.size(1) == 1 || t.stride(1) % 8 == 0; };
     p.turns = !pitch_fits(x) || (z && !pitch_fits(*z));
-    p.shifts = !is_aligned(x) || (z && !is_aligned(*z));
-    p.x = operand(x, "x", p.turns ? 8 : 1, p.shifts);
-    if (z) p.z = operand(*z, "z", p.turns ? 8 : 1, p.shifts);
+    p.x = operand(x, "x", p.turns ? 8 : 1);
+    if (z) p.z = operand(*z, "z", p.turns ? 8 : 1);
     p.has_z = z.has_value();
     p.dt = dt.const_data_ptr();
     p.A = static_cast<const float *>(A.const_data_ptr());
-    p.D = floats(D);
-    p.dt_bias = floats(dt_bias);
-    p.initial = floats(initial_states);
-    p.runs = runs ? static_cast<const int32_t *>(runs->const_data_ptr()) : nullptr;
-    p.head_to_group = static_cast<const int32_t *>(head_to_group.const_data_ptr());
     p.y = y.mutable_data_ptr();
     p.final_states = static_cast<float *>(final_states.mutable_data_ptr());
     p.dt_strides = strides(dt, "dt");
@@ -311,15 +344,14 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
     p.dstate = static_cast<int>(dstate);
     p.tiles = static_cast<int>((headdim + 63) / 64);
     p.states = static_cast<int>(batch * heads * p.tiles);
+    p.cluster = best_cluster(p, x, z);
     p.dt_softplus = dt_softplus;
     p.dt_float = dt.scalar_type() == ScalarType::Float;
 
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    const cudaStream_t stream = current_stream(x.get_device_index());
-    if (dtype == ScalarType::Half) launch_for_states<__half>(p, B, C, segments, stream);
-    else
-    launch_for_states<__nv_bfloat16>(p, B, C, segments, stream);
-    check_launch("ssd");
+    arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
+        using Input = std::remove_pointer_t<decltype(type)>;
+        if constexpr (sizeof(Input) == 2) launch_for_states<Input>(p, B, C, segments, stream);     // as checked above
+    });
 }
 
 }  // namespace shedder
