@@ -65,6 +65,8 @@ def scans() -> Iterator[Call]:
         yield scan(2, 13001, 9, 16, dtype)
     for dstate in (1, 4, 5, 7, 8, 10, 12, 13):
         yield scan(2, 13001, 9, dstate)
+    for dstate in range(1, 17):                         # many channels, rows on the grid
+        yield scan(2, 17001, 72, dstate, F16 if dstate % 2 else BF16)
     for dstate in (4, 8, 12):
         yield scan(2, 4500, 24, dstate)
         yield scan(2, 45, 24, dstate)
@@ -101,12 +103,15 @@ def ssds(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
     yield ssd(2, 130, 7, 64, 100, groups=(1, 0, 2, 2, 0, 1, 1))
     yield ssd(1, 130, 4, 56, 104, groups=(0, 0, 1, 1), extras=False)
     yield ssd(1, 1, 4, 64, 128)
+    yield ssd(4, 130, 67, 61, 101, packed=True)         # clusters
+    yield ssd(4, 270, 67, 61, 101, extras=False)        # and heads taken in parts
+    yield ssd(4, 270, 67, 64, 64, extras=False)
 
 
 def convolutions() -> Iterator[Call]:
     for dtype in (F32, F16, BF16):
         for last, channels, length, width in ((-1, 61, 63, 3), (1, 61, 63, 4), (-1, 16, 1030, 4), (1, 264, 140, 2),
-                                              (1, 5, 2, 4), (-1, 8, 64, 1)):
+                                              (1, 263, 140, 4), (1, 5, 2, 4), (-1, 8, 64, 1)):
             x, initial = (normal(2, channels, n, dtype=dtype, last=last) for n in (length, width - 1))
             for state, packed in ((initial, None), (None, sequences(2, length))):
                 yield (f"D{channels} L{length} W{width} {dtype} last {last}", "causal_conv1d",
