@@ -5,8 +5,7 @@
 // causal_conv1d_channels: channels adjacent in memory. A lane owns four channels and walks along time. What the inputs
 //   so far add to the next three outputs is carried in registers, so that each input is converted and multiplied once:
 //       y_t = w3 x_t + a0        a0 = w2 x_t + a1        a1 = w1 x_t + a2        a2 = w0 x_t + bias
-//   Rows of odd pitch: a lane owns two pairs of channels; every other row has them on words, by which they are moved there.
-//   Rows that lie otherwise: a lane owns every 32nd channel and moves each by itself.
+//   Rows of odd pitch: a lane owns every 32nd channel and moves each by itself.
 // causal_conv1d_time: time adjacent in memory. A lane owns 16 bytes of time on the grid of the row; the three inputs
 //   before them come from its neighbour.
 // causal_conv1d_any: any strides, one thread for each channel.
@@ -122,92 +121,77 @@ __device__ inline void conv_activate(const CausalConv1dParams &p, float (&sums)[
     }
 }
 
-// How the rows of x and y lie in memory where channels are adjacent.
-enum class ChannelRows {
-    kGrid,                                                   // the channels of a lane are one word, on its grid
-    kPairs,                                                  // of 2 bytes, an odd pitch: every other row on a grid of pairs
-    kAnywhere
-};
-
-// One token of the four channels of a lane; `paired`: of kPairs, this row lies on the grid.
-template <typename T, ChannelRows kRows>
+// Four channels of a lane: neighbours that one access moves, or every 32nd one.
+template <typename T, bool kOnGrid>
 struct LaneChannels {
     static constexpr int kCount = kLaneChannels;
-    using Element = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-    Packed<T, kCount> all;
-    Element alone[kCount] = {};                              // channels that are moved by themselves
+    static constexpr int kAccesses = kOnGrid ? 1 : kCount;
+    using Word = std::conditional_t<kOnGrid, typename Packed<T, kCount>::Word,
+                                    std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+    Word words[kAccesses] = {};
 
-    // Of channel i from the first of this lane, and of that from the first of the warp.
-    static __device__ constexpr int offset(int i) {
-        return kRows == ChannelRows::kGrid ? i : kRows == ChannelRows::kPairs ? i / 2 * 64 + i % 2 : i * 32;
+    // The distance of channel i of this lane from the first of the warp.
+    static __device__ int place(int i) {
+        const int lane = threadIdx.x % 32;
+        return kOnGrid ? lane * kCount + i : i * 32 + lane;
     }
-    static __device__ int own() {
-        return threadIdx.x % 32 * (kRows == ChannelRows::kGrid ? kCount : kRows == ChannelRows::kPairs ? 2 : 1);
-    }
-    __device__ T get(int i, bool paired) const {
-        return kRows == ChannelRows::kGrid || paired ? all.at[i] : reinterpret_cast<const T &>(alone[i]);
-    }
-    __device__ void put(int i, T value) {
-        all.at[i] = value;
-        alone[i] = reinterpret_cast<const Element &>(value);
-    }
-    // row: at the first channel of this lane.
-    __device__ void fetch(const T *row, bool exists, bool paired) {
-        if constexpr (kRows == ChannelRows::kGrid) {
-            load_if(exists, all.word, row);
-        } else if (paired) {
-            load_if(exists, all.word.x, row);
-            load_if(exists, all.word.y, row + offset(2));
-        } else {
+    __device__ T operator[](int i) const { return reinterpret_cast<const T *>(words)[i]; }
+    __device__ void put(int i, T value) { reinterpret_cast<T *>(words)[i] = value; }
+    // first: the first channel of this lane.
+    __device__ void fetch(const T *first, bool exists) {
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) load_if(exists, alone[i], row + offset(i));
-        }
+        for (int a = 0; a < kAccesses; ++a) load_if(exists, words[a], first + a * 32);
     }
-    static __device__ void store(T *row, const float (&values)[kCount], bool exists, bool paired) {
+    __device__ void store(T *first, bool exists) const {
+#pragma unroll
+        for (int a = 0; a < kAccesses; ++a)
+            if (exists) *reinterpret_cast<Word *>(first + a * 32) = words[a];
+    }
+    __device__ void set(const float (&values)[kCount]) {
         Packed<T, kCount> v;
         v.set(values);
-        if (!exists) return;
-        if constexpr (kRows == ChannelRows::kGrid) {
-            *reinterpret_cast<decltype(v.word) *>(row) = v.word;
-        } else if (paired) {
-            *reinterpret_cast<uint32_t *>(row) = v.word.x;
-            *reinterpret_cast<uint32_t *>(row + offset(2)) = v.word.y;
-        } else {
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) row[offset(i)] = v.at[i];
-        }
+        for (int i = 0; i < kCount; ++i) reinterpret_cast<T *>(words)[i] = v.at[i];
     }
 };
 
-// The tokens from `start` on of 128 channels from `first` on. kOdd: of kPairs, the row of `start` is not on the grid.
-template <typename T, ChannelRows kRows, bool kOdd, bool kFull, bool kPacked>
-__device__ __forceinline__ void conv_channels(const CausalConv1dParams &p, int64_t b, int first, int start) {
+// kUnroll tokens are on their way. At least kTileChannels channels.
+template <typename T, bool kOnGrid, bool kFull, bool kPacked>
+__global__ void __launch_bounds__(kConvThreads, kFull && !kPacked && sizeof(T) == 2 ? 6 : 5) causal_conv1d_channels(
+    const __grid_constant__ CausalConv1dParams p) {
     constexpr int kCount = kLaneChannels;
-    constexpr int kUnroll = 4;                               // tokens that are on their way
-    using Lane = LaneChannels<T, kRows>;
-    const auto paired = [](int s) { return kRows == ChannelRows::kPairs && (s + kOdd) % 2 == 0; };
+    constexpr int kUnroll = 4;
+    using Lane = LaneChannels<T, kOnGrid>;
+    const unsigned tiles = (p.channels + kTileChannels - 1) / kTileChannels;
+    const unsigned chunks = (p.length + p.steps - 1) / p.steps;
+    unsigned task = blockIdx.x * (kConvThreads / 32) + threadIdx.x / 32;
+    // The last tile overlaps the one before it, and both write the same.
+    const int first = min(static_cast<int>(task % tiles) * kTileChannels, p.channels - kTileChannels);
+    task /= tiles;
+    const int start = static_cast<int>(task % chunks) * p.steps;
+    const int64_t b = task / chunks;
+    if (b >= p.batch) return;                                // the whole warp
     const int end = min(start + p.steps, p.length);
-    const int own = first + Lane::own();
+    const int own = first + Lane::place(0);
     const T *from = static_cast<const T *>(p.x) + b * p.x_strides.batch + start * p.x_strides.time + own;
     T *to = static_cast<T *>(p.y) + b * p.y_strides.batch + start * p.y_strides.time + own;
 
     Lane next[kUnroll], past[kHistory];
 #pragma unroll
-    for (int s = 0; s < kUnroll; ++s) next[s].fetch(from + s * p.x_strides.time, start + s < end, paired(s));
+    for (int s = 0; s < kUnroll; ++s) next[s].fetch(from + s * p.x_strides.time, start + s < end);
     if (start >= kHistory) {
 #pragma unroll
-        for (int k = 0; k < kHistory; ++k)
-            past[k].fetch(from + (k - kHistory) * p.x_strides.time, true, paired(k + kHistory));
+        for (int k = 0; k < kHistory; ++k) past[k].fetch(from + (k - kHistory) * p.x_strides.time, true);
     } else {
 #pragma unroll
         for (int k = 0; k < kHistory; ++k) {
 #pragma unroll
             for (int i = 0; i < kCount; ++i)
-                past[k].put(i, conv_input<T>(p, b, own + Lane::offset(i), start - kHistory + k));
+                past[k].put(i, conv_input<T>(p, b, first + Lane::place(i), start - kHistory + k));
         }
     }
     float taps[kMaxWidth][kCount], bias[kCount];
-    load_conv_taps<kFull>(p, [&](int i) { return own + Lane::offset(i); }, taps, bias);
+    load_conv_taps<kFull>(p, [&](int i) { return first + Lane::place(i); }, taps, bias);
     const float part = p.silu ? 0.5f : 1.f;                  // silu_of_half takes half of a sum
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -219,12 +203,12 @@ __device__ __forceinline__ void conv_channels(const CausalConv1dParams &p, int64
     // Packed sequences: the names of the next tokens say which outputs the newest input reaches.
     int names[kUnroll + kHistory] = {};
     const auto name_of = [&](int t) { return conv_sequence(p, b, min(t, p.length - 1)); };
-    const auto add = [&](const Lane &values, bool paired, const int *names, float (&carried)[kHistory][kCount],
+    const auto add = [&](const Lane &values, const int *names, float (&carried)[kHistory][kCount],
                          float (&sums)[kCount]) {
         const int absent = kFull ? 0 : kMaxWidth - p.width;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            const float x = to_float(values.get(i, paired));
+            const float x = to_float(values[i]);
             sums[i] = fmaf(taps[kHistory][i], x, carried[0][i]);
 #pragma unroll
             for (int k = 0; k < kHistory; ++k) {             // to output t + 1 + k
@@ -246,7 +230,7 @@ __device__ __forceinline__ void conv_channels(const CausalConv1dParams &p, int64
         for (int k = 0; k < kUnroll + kHistory; ++k) names[k] = name_of(start - kHistory + k);
     }
 #pragma unroll
-    for (int k = 0; k < kHistory; ++k) add(past[k], paired(k + kHistory), names + k, carried, unused);
+    for (int k = 0; k < kHistory; ++k) add(past[k], names + k, carried, unused);
 
     for (int t = start; t < end; t += kUnroll) {             // rows beyond the end are neither read nor written
         if constexpr (kPacked) {
@@ -257,8 +241,8 @@ __device__ __forceinline__ void conv_channels(const CausalConv1dParams &p, int64
         float sums[kUnroll][kCount];
 #pragma unroll
         for (int s = 0; s < kUnroll; ++s) {
-            add(next[s], paired(s), names + s, carried, sums[s]);
-            next[s].fetch(from + s * p.x_strides.time, t + kUnroll + s < end, paired(s));
+            add(next[s], names + s, carried, sums[s]);
+            next[s].fetch(from + s * p.x_strides.time, t + kUnroll + s < end);
         }
         if (p.silu) {                                        // one branch, so that the chains of instructions overlap
 #pragma unroll
@@ -275,7 +259,9 @@ __device__ __forceinline__ void conv_channels(const CausalConv1dParams &p, int64
                     for (int i = 0; i < kCount; ++i) sums[s][i] = 0.f;
                 }
             }
-            Lane::store(to, sums[s], t + s < end, paired(s));
+            Lane outputs;
+            outputs.set(sums[s]);
+            outputs.store(to, t + s < end);
             to += p.y_strides.time;
         }
     }
@@ -284,33 +270,12 @@ __device__ __forceinline__ void conv_channels(const CausalConv1dParams &p, int64
         T *final_states = static_cast<T *>(p.final_states) + b * p.channels * (p.width - 1);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            const int64_t c = own + Lane::offset(i);
+            const int64_t c = first + Lane::place(i);
 #pragma unroll 1
             for (int k = 0; k < p.width - 1; ++k)
                 final_states[c * (p.width - 1) + k] = conv_input<T>(p, b, c, p.length - (p.width - 1) + k);
         }
     }
-}
-
-// At least kTileChannels channels. kPairs: steps are even.
-template <typename T, ChannelRows kRows, bool kFull, bool kPacked>
-__global__ void __launch_bounds__(kConvThreads, kFull && !kPacked && sizeof(T) == 2 ? 6 : 5) causal_conv1d_channels(
-    const __grid_constant__ CausalConv1dParams p) {
-    const unsigned tiles = (p.channels + kTileChannels - 1) / kTileChannels;
-    const unsigned chunks = (p.length + p.steps - 1) / p.steps;
-    unsigned task = blockIdx.x * (kConvThreads / 32) + threadIdx.x / 32;
-    // The last tile overlaps the one before it, and both write the same.
-    const int first = min(static_cast<int>(task % tiles) * kTileChannels, p.channels - kTileChannels);
-    task /= tiles;
-    const int start = static_cast<int>(task % chunks) * p.steps;
-    const int64_t b = task / chunks;
-    if (b >= p.batch) return;                                // the whole warp
-    if constexpr (kRows == ChannelRows::kPairs) {
-        const T *row = static_cast<const T *>(p.x) + b * p.x_strides.batch + first;      // start is even
-        if (reinterpret_cast<uintptr_t>(row) % 4 != 0)
-            return conv_channels<T, kRows, true, kFull, kPacked>(p, b, first, start);
-    }
-    conv_channels<T, kRows, false, kFull, kPacked>(p, b, first, start);
 }
 
 // kGrid: of y as seen from x. kSame: rows start off the grid, both alike; kOther: y goes element by element.

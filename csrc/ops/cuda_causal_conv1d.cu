@@ -55,20 +55,12 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
         const int64_t tiles = (p.channels + kTileChannels - 1) / kTileChannels;
         p.steps = static_cast<int>(steps_for(p.length, tiles * p.batch));
         const unsigned blocks = blocks_for(kOp, p.batch * tiles * ((p.length + p.steps - 1) / p.steps), kWarps);
-        const auto launch = [&](auto rows) {
-            causal_conv1d_channels<T, decltype(rows)::value, kFull, kPacked><<<blocks, kConvThreads, 0, stream>>>(p);
-        };
-        const auto is_odd = [](const ConvStrides &s) { return s.time % 2 != 0; };
         if (p.channels % kLaneChannels == 0 && on_grid(p.x, size, {x.batch, x.time}, kBytes)
             && on_grid(p.y, size, {y.batch, y.time}, kBytes))
-            return launch(std::integral_constant<ChannelRows, ChannelRows::kGrid>{});
-        if constexpr (size == 2) {                           // and both alike against words of 4 bytes
-            const bool same = (reinterpret_cast<uintptr_t>(p.x) - reinterpret_cast<uintptr_t>(p.y)) % 4 == 0
-                && (x.batch - y.batch) % 2 == 0;
-            if (is_odd(x) && is_odd(y) && same)
-                return launch(std::integral_constant<ChannelRows, ChannelRows::kPairs>{});
-        }
-        return launch(std::integral_constant<ChannelRows, ChannelRows::kAnywhere>{});
+            causal_conv1d_channels<T, true, kFull, kPacked><<<blocks, kConvThreads, 0, stream>>>(p);
+        else
+            causal_conv1d_channels<T, false, kFull, kPacked><<<blocks, kConvThreads, 0, stream>>>(p);
+        return;
     }
     if (p.length > 1 && x.time == 1 && y.time == 1) {
         constexpr int64_t kCount = 16 / size, kStep = 32 * kCount * kConvVectors;
