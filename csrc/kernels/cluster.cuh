@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels/shared_address.cuh"
+
 namespace shedder {
 
 __device__ inline int cluster_rank() {
@@ -33,9 +35,9 @@ struct Inbox {
     uint64_t pending;
 
     __device__ void open(unsigned values) {
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(address(&pending)));
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" :: "r"(shared_address(&pending)));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(address(&pending)),
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_address(&pending)),
                      "r"(values * static_cast<unsigned>(sizeof(float))) : "memory");
     }
     // place: of this CTA, as the inbox is; the value goes to that place of CTA `to`.
@@ -44,16 +46,14 @@ struct Inbox {
                      "mapa.shared::cluster.u32 at, %0, %2;\n"
                      "mapa.shared::cluster.u32 box, %1, %2;\n"
                      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], %3, [box];}"
-                     :: "r"(address(place)), "r"(address(&pending)), "r"(to), "r"(__float_as_int(value)) : "memory");
+                     :: "r"(shared_address(place)), "r"(shared_address(&pending)), "r"(to), "r"(__float_as_int(value))
+                     : "memory");
     }
     __device__ void wait() {
         asm volatile("{.reg .pred all;\n"
                      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 all, [%0], 0;\n"
-                     "@!all bra again;}" :: "r"(address(&pending)) : "memory");
+                     "@!all bra again;}" :: "r"(shared_address(&pending)) : "memory");
     }
-
-private:
-    static __device__ unsigned address(const void *p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 };
 
 }  // namespace shedder

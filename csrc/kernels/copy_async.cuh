@@ -4,9 +4,10 @@
 
 #include <cstdint>
 
+#include "kernels/shared_address.cuh"
+
 namespace shedder {
 
-__device__ inline unsigned shared_address(const void *p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 __device__ inline void copy_async(uint4 *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared_address(to)), "l"(from) : "memory");
 }

@@ -17,12 +17,12 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/copy_async.cuh"
 #include "kernels/selective_scan_tiled.cuh"
 
 namespace shedder {
-
-constexpr int max_of(int a, int b) { return a > b ? a : b; }
 
 template <typename Input_, int kStates_, int kLanes_>
 struct ScanRows {
@@ -53,7 +53,8 @@ struct ScanRows {
 
 // The channels of one warp, from the first on.
 template <typename Rows>
-__device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int64_t b, int first_channel, char *shared) {
+__device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int64_t b, int first_channel,
+                                              char *shared) {
     using Input = typename Rows::Input;
     constexpr int kStates = Rows::kStates, kLanes = Rows::kLanes, kSteps = Rows::kSteps, kOwn = Rows::kOwn;
     char *const tiles = shared;                              // [stage][u, delta, z][kTile]
@@ -126,7 +127,8 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
             const int2 place = BC_place(i);
             if (place.x >= p.dstate) continue;
             const int n = place.x;
-            float *const to = tile + place.y / kPieceSteps * Rows::kBCPiece + n / kStates * Rows::kBlock + n % kStates * 2;
+            float *const to =
+                tile + place.y / kPieceSteps * Rows::kBCPiece + n / kStates * Rows::kBlock + n % kStates * 2;
 #pragma unroll
             for (int k = 0; k < kPieceSteps; ++k)
                 *reinterpret_cast<float2 *>(to + k / Rows::kBlockSteps * Rows::kBlock * kLanes
@@ -299,7 +301,7 @@ struct ScanKinds {
     using Wide = ScanRows<Input, kSlots, 1>;
     using Half = ScanRows<Input, (kSlots + 1) / 2, 2>;
     using Quarter = ScanRows<Input, (kSlots + 3) / 4, 4>;
-    static constexpr int kWarpBytes = max_of(Wide::kSharedBytes, max_of(Half::kSharedBytes, Quarter::kSharedBytes));
+    static constexpr int kWarpBytes = std::max({Wide::kSharedBytes, Half::kSharedBytes, Quarter::kSharedBytes});
 };
 
 template <typename Input, int kSlots>

@@ -155,7 +155,7 @@ selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid
     float *const step_rows = BC_tiles + 2 * kBCTile + team * Tile::kTileWords;
     float *const sum_rows = step_rows + kChannels * kStepRow;                     // [kSplit][kChannels][kSumRow]
 
-    const int cta = kSegmented ? blockIdx.y : blockIdx.x;    // x, which has room for many, where no cluster lies along it
+    const int cta = kSegmented ? blockIdx.y : blockIdx.x;    // x has room for many, but clusters lie along it
     const int first_channel = (cta * Tile::kTiles + team) * kChannels, last = p.channels - 1;
     const int64_t b = blockIdx.z;
     int from = 0, length = p.length;                         // the steps of this CTA

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kAlignThreads) ssd_align(const __grid_constant
         const uint16_t *const first = from + token * o.time;
         skew[i] = static_cast<int>(reinterpret_cast<uintptr_t>(first) / 2 & 7);
         const uint4 *const words = reinterpret_cast<const uint4 *>(first - skew[i]);
-        if (count[i] > 0 && reinterpret_cast<const uint16_t *>(words + 2) <= o.end) {        // with what lies beside them
+        if (count[i] > 0 && reinterpret_cast<const uint16_t *>(words + 2) <= o.end) {    // with what lies beside them
             low[i] = words[0];
             if (skew[i] + count[i] > 8) high[i] = words[1];
         } else if (count[i] > 0) {

@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "kernels/pointwise.cuh"
+#include "kernels/shared_address.cuh"
 
 namespace shedder {
 
@@ -69,10 +70,6 @@ struct SsdMmaDecays {
     int run[kChunk];                                         // twice the run, plus one if y is shown
     float keep;                                              // 2^s[Q-1]
 };
-
-__device__ __forceinline__ uint32_t mma_shared(const void *p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // Where column `column` of a row lies among the tiles of kTile bytes: pieces of 16 bytes change places with the row, so
 // that 8 rows of one column lie in different banks.
@@ -179,10 +176,10 @@ __device__ __forceinline__ void copy_rows(char *to, const SsdMmaRows &rows, int 
         char *const at = to + mma_offset<kTile>(row, column);
         if constexpr (kBytes == 16) {
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                         ::"r"(mma_shared(at)), "l"(count > 0 ? from : rows.first), "r"(count * 2) : "memory");
+                         ::"r"(shared_address(at)), "l"(count > 0 ? from : rows.first), "r"(count * 2) : "memory");
         } else if constexpr (kBytes > 2) {
             asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                         ::"r"(mma_shared(at)), "l"(count > 0 ? from : rows.first), "n"(kBytes), "r"(count * 2)
+                         ::"r"(shared_address(at)), "l"(count > 0 ? from : rows.first), "n"(kBytes), "r"(count * 2)
                          : "memory");
         } else {
             const uint16_t *pair = reinterpret_cast<const uint16_t *>(from);
@@ -308,7 +305,7 @@ __global__ void __launch_bounds__(kMmaThreads, SsdMmaTile<Input, kStates16>::kCt
     using Fragment = Blocks<kParts>;
     extern __shared__ __align__(128) char mma_memory[];
     SsdMmaDecays<kChunk> &decays = *reinterpret_cast<SsdMmaDecays<kChunk> *>(mma_memory + Tile::kDecays);
-    const uint32_t shared_at = mma_shared(mma_memory);
+    const uint32_t shared_at = shared_address(mma_memory);
 
     int head = blockIdx.x / p.tiles % p.heads, batch = blockIdx.x / p.tiles / p.heads;
     const int first_channel = blockIdx.x % p.tiles * 64, channels = min(p.headdim - first_channel, 64);

@@ -27,8 +27,8 @@ __device__ __forceinline__ uint4 joined(uint4 a, uint4 b, int by) {
     return {v[0], v[1], v[2], v[3]};
 }
 
-// Pieces of one column of a tile, of every kStep-th row from row0 on, to memory: as many at a time as hide their latency.
-// piece_of(turn, down): of the row that lies `down` bytes below row0, whose swizzle differs by `turn`.
+// Pieces of one column of a tile, of every kStep-th row from row0 on, to memory: as many at a time as hide their
+// latency. piece_of(turn, down): of the row that lies `down` bytes below row0, whose swizzle differs by `turn`.
 template <bool kTurns, int kStep, typename PieceOf>
 __device__ __forceinline__ void store_column(char *to, int64_t step, int row0, int rows, PieceOf piece_of) {
     constexpr int kCount = 64 / kStep < 8 ? 64 / kStep : 8;
@@ -43,7 +43,8 @@ __device__ __forceinline__ void store_column(char *to, int64_t step, int row0, i
             }
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                if (decltype(all)::value || row0 + first + i * kStep < rows) *reinterpret_cast<decltype(&v[i])>(to) = v[i];
+                if (decltype(all)::value || row0 + first + i * kStep < rows)
+                    *reinterpret_cast<decltype(&v[i])>(to) = v[i];
                 to += step;
             }
         }
@@ -71,7 +72,9 @@ __device__ __forceinline__ void store_pieces(char *y, int64_t stride, const char
 template <bool kTurns>
 __device__ __forceinline__ void store_words(char *y, int64_t stride, const char *tile, int first, int rows,
                                             int channels, unsigned thread) {
-    const auto halves_before = [](const char *row) { return static_cast<int>(reinterpret_cast<uintptr_t>(row) / 2 & 1); };
+    const auto halves_before = [](const char *row) {
+        return static_cast<int>(reinterpret_cast<uintptr_t>(row) / 2 & 1);
+    };
     const int lane = thread % 32, row0 = thread / 32;        // every second row, so that words lie alike in all
     const int channel = 2 * lane - halves_before(y + row0 * stride);         // the first of this lane's word
     if (0 <= channel && channel + 2 <= channels) {

@@ -12,6 +12,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "kernels/shared_address.cuh"
+
 namespace shedder {
 
 constexpr int kTileRows = 64;
@@ -20,10 +22,6 @@ constexpr int kTileBytes = kTileRows * 128;               // 64 columns of 16 bi
 // Byte of a tile (or of a row of tiles, for byte >= 128) at which byte `byte` of row `row` lies.
 __device__ __forceinline__ uint32_t tile_offset(int row, int byte) {
     return (byte >> 7) * kTileBytes + row * 128 + (((byte >> 4 & 7) ^ (row & 7)) << 4) + (byte & 15);
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // Descriptor of an operand that starts at a shared address: 128-byte swizzle, 1024 bytes from one 8 rows to the next.
@@ -124,7 +122,8 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap *map, int column,
     asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
                  ::"l"(map), "r"(column), "r"(row), "r"(batch) : "memory");
 }
-// to_all: bits of the CTAs of the cluster that the box goes to, each at the same place and with the same barrier; 0: here.
+// to_all: bits of the CTAs of the cluster that the box goes to, each at the same place and with the same barrier; 0:
+// here.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int column, int row, int group, int batch,
                                          uint32_t barrier, uint32_t to_all) {
     if (to_all != 0) {

@@ -1,4 +1,4 @@
-// Launches of clusters: what the device takes, asked once, since asking takes longer than a launch.
+// Launches of clusters.
 
 #pragma once
 
@@ -6,22 +6,9 @@
 #include <atomic>
 
 #include "ops/cuda_common.h"
+#include "ops/cuda_device.h"
 
 namespace shedder {
-
-constexpr int kMostDevices = 64;
-
-inline int device_attribute(cudaDeviceAttr attribute, int32_t device) {
-    int value = 0;
-    cudaDeviceGetAttribute(&value, attribute, device);
-    return value;
-}
-
-inline int multiprocessors(int32_t device) {
-    static std::array<std::atomic<int>, kMostDevices> known{};
-    if (known[device] == 0) known[device] = device_attribute(cudaDevAttrMultiProcessorCount, device);
-    return known[device];
-}
 
 // CTAs of a cluster: 16 on the GPUs of data centres, 8 elsewhere, 1 where there are no clusters.
 inline int largest_cluster(int32_t device) {

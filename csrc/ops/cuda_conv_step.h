@@ -31,8 +31,8 @@ inline void take_conv_state(const Arguments &arguments, CausalConv1dUpdateParams
     q.slots_stride = indices ? indices->stride(0) : 0;
 }
 
-// The step before SiLU of a mixer: x (batch, channels) lies in the rows of its in_proj's output; weight (channels, W) and
-// bias are of its type.
+// The step before SiLU of a mixer: x (batch, channels) lies in the rows of its in_proj's output; weight (channels, W)
+// and bias are of its type.
 inline CausalConv1dUpdateParams mixer_conv(const Arguments &arguments, ScalarType dtype, int64_t batch, const void *x,
                                            int64_t row_stride, int64_t column_stride, const Tensor &weight,
                                            const MaybeTensor &bias, const Tensor &conv_state,

@@ -5,6 +5,7 @@
 
 #include "kernels/gated_rmsnorm.cuh"
 #include "ops/cuda_arguments.h"
+#include "ops/cuda_device.h"
 #include "ops/cuda_launchers.h"
 
 namespace shedder {
@@ -39,15 +40,13 @@ void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
                     " channels take more threads than a row has");
     // CTAs that one SM holds, for each number of warps; asked once, since asking takes longer than a launch.
     static int resident[kMaxNormThreads / 32 + 1] = {};
-    static int multiprocessors = 0;
     int &per_sm = resident[threads / 32];
     if (per_sm == 0) {
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0);
         per_sm = std::max(per_sm, 1);
     }
     // Rows of one CTA lie a multiple of 16 bytes apart.
-    const int64_t blocks = std::min<int64_t>(p.rows, int64_t{per_sm} * multiprocessors / kCount * kCount);
+    const int64_t blocks = std::min<int64_t>(p.rows, int64_t{per_sm} * multiprocessors(device) / kCount * kCount);
     kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(p);
 }
 

@@ -6,6 +6,7 @@
 
 #include "kernels/removed_ssm.cuh"
 #include "ops/cuda_arguments.h"
+#include "ops/cuda_device.h"
 
 namespace shedder {
 namespace {
@@ -42,11 +43,10 @@ void launch_removed(RemovedSSMParams &q, int threads, int32_t device, cudaStream
     // CTAs that run at once, for each number of warps; asked once, since asking takes longer than a launch.
     static int64_t slots[kThreads / 32 + 1] = {};
     if (slots[threads / 32] == 0) {
-        int multiprocessors = 0, resident = 0;
+        int resident = 0;
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
-        slots[threads / 32] = int64_t{std::max(resident, 1)} * multiprocessors;
+        slots[threads / 32] = int64_t{std::max(resident, 1)} * multiprocessors(device);
     }
     q.conv.steps = tokens_for(q.conv.length, q.conv.batch, slots[threads / 32]);
     const dim3 blocks((q.conv.length + q.conv.steps - 1) / q.conv.steps, static_cast<unsigned>(q.conv.batch));

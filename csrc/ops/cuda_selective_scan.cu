@@ -6,7 +6,7 @@
 #include "kernels/selective_scan_fwd.cuh"
 #include "kernels/selective_scan_tiled.cuh"
 #include "ops/cuda_arguments.h"
-#include "ops/cuda_cluster.h"
+#include "ops/cuda_device.h"
 #include "ops/cuda_launchers.h"
 #include "ops/cuda_scan_channels.h"
 
@@ -129,15 +129,13 @@ bool launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &ac
 
 // Very few channels: a cluster shares the sequence. False where that is not worth two passes, or there are no clusters.
 template <typename Input>
-bool launch_segments(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
+bool launch_segments(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device,
+                     cudaStream_t stream) {
     constexpr int kFewTiles = 80, kFullTiles = 320, kMaxSegments = 8, kShortest = 128;       // tiles of 16 channels
     const int64_t tiles = int64_t{p.batch} * ((p.channels + 15) / 16);
     if (tiles > kFewTiles) return false;
     const int64_t segments = std::min<int64_t>({kMaxSegments, kFullTiles / tiles, p.length / kShortest});
-    int device = 0, clusters = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
-    if (segments < 2 || !clusters) return false;
+    if (segments < 2 || !device_attribute(cudaDevAttrClusterLaunch, device)) return false;
     launch_tiled<Input, 1, 4, 2, 4, 1, 64, 4, true>(p, access, stream, static_cast<int>(segments));
     return true;
 }
@@ -156,7 +154,7 @@ void launch(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t 
     const bool general = p.channel_to_group != nullptr || p.seq_idx != nullptr || p.constant_B || p.constant_C;
     if (general) return launch_general<Input>(p, stream);
     if (p.dstate > 16) return launch_many_states<Input>(p, access, stream);
-    if (launch_segments<Input>(p, access, stream)) return;
+    if (launch_segments<Input>(p, access, device, stream)) return;
     const int64_t channels = int64_t{p.batch} * p.channels;
     if (channels < kFewChannels) return launch_few_channels<Input>(p, access, stream);
     if (!launch_many_channels<Input>(p, access, device, stream)) launch_some_channels<Input>(p, access, stream);

@@ -2,25 +2,17 @@
 
 #include <algorithm>
 #include <type_traits>
-#include <utility>
 
 #include <torch/csrc/stable/ops.h>
 
 #include "kernels/ssd_align.cuh"
 #include "kernels/ssd_fwd.cuh"
-#include "ops/cuda_arguments.h"
-#include "ops/cuda_cluster.h"
+#include "ops/cuda_device.h"
 #include "ops/cuda_launchers.h"
+#include "ops/cuda_ssd_arguments.h"
 
 namespace shedder {
 namespace {
-
-// The strides of a (batch, time, head, element) tensor whose elements are neighbours.
-SsdStrides strides(const Tensor &t, const char *name) {
-    STD_TORCH_CHECK(t.dim() < 4 || t.size(3) == 1 || t.stride(3) == 1,
-                    "shedder_cuda::ssd: the last dimension of ", name, " is not contiguous");
-    return {t.stride(0), t.stride(1), t.stride(2)};
-}
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -182,8 +174,8 @@ int best_segments(int64_t units, int slots, int processors, int chunks) {
     return best;
 }
 
-// CTAs that share what they read of B and C. The copies of boxes are counted line by line: heads that start anywhere lie
-// in twice as many lines, and then the shares pay; else they cost more than they save. Measured on an H200
+// CTAs that share what they read of B and C. The copies of boxes are counted line by line: heads that start anywhere
+// lie in twice as many lines, and then the shares pay; else they cost more than they save. Measured on an H200
 // (docs/measured-facts.md, SSD).
 int best_cluster(const SsdParams &p, const Tensor &x, const MaybeTensor &z) {
     const bool anywhere = !is_aligned(x, 16) || (z && !is_aligned(*z, 16));
@@ -284,70 +276,21 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
     if (dtype == ScalarType::Float || negative_dt || !is_hopper(x.get_device_index()))
         return ssd_portable(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, head_to_group, initial_states,
                             runs, y, final_states);
-    STD_TORCH_CHECK(x.dim() == 4 && B.dim() == 4, "shedder_cuda::ssd takes x (B, L, H, P), B and C (B, L, G, N)");
-    const int64_t batch = x.size(0), length = x.size(1), heads = x.size(2), headdim = x.size(3);
-    const int64_t groups = B.size(2), dstate = B.size(3);
-    STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                    "shedder_cuda::ssd: x must be fp32, fp16 or bf16");
-    STD_TORCH_CHECK(1 <= dstate && dstate <= 256, "shedder_cuda::ssd: N is ", dstate, "; accepted: 1..256");
-    STD_TORCH_CHECK(1 <= headdim && headdim <= 1024, "shedder_cuda::ssd: P is ", headdim, "; accepted: 1..1024");
-    STD_TORCH_CHECK(length < (int64_t{1} << 31) - 128, "shedder_cuda::ssd: L must be below 2^31");
-    STD_TORCH_CHECK(batch * heads * ((headdim + 63) / 64) < (int64_t{1} << 27),
-                    "shedder_cuda::ssd: batch times heads is too large");
     STD_TORCH_CHECK(0 <= segments && segments <= 1024,
                     "shedder_cuda::ssd: segments is ", segments, "; accepted: 0..1024");
     const Arguments arguments{"ssd", x.get_device_index()};
-    arguments.check(dt, "dt", dt.scalar_type() == ScalarType::Float ? ScalarType::Float : dtype,
-                    {batch, length, heads});
-    arguments.check(A, "A", ScalarType::Float, {heads});
-    arguments.check(B, "B", dtype, {batch, length, groups, dstate});
-    arguments.check(C, "C", dtype, {batch, length, groups, dstate});
-    if (z) arguments.check(*z, "z", dtype, {batch, length, heads, headdim});
-    arguments.check(y, "y", dtype, {batch, length, heads, headdim});
-    arguments.check(final_states, "final_states", ScalarType::Float, {batch, heads, headdim, dstate});
-    arguments.check_contiguous(head_to_group, "head_to_group");
-    arguments.check_contiguous(initial_states, "initial_states");
-    arguments.check_contiguous(runs, "runs");
-    arguments.check_contiguous(y, "y");
-    arguments.check_contiguous(final_states, "final_states");
-    for (const auto &[t, name] : {std::pair(&x, "x"), {&B, "B"}, {&C, "C"}, {z ? &*z : &x, "z"}})
-        STD_TORCH_CHECK(t->size(3) == 1 || t->stride(3) == 1,
-                        "shedder_cuda::ssd: the last dimension of ", name, " is not contiguous");
     SsdParams p{};
-    if (D && D->dim() == 2) p.D = arguments.floats(D, "D", {heads, headdim});
-    else p.D = arguments.floats(D, "D", {heads});
-    p.dt_bias = arguments.floats(dt_bias, "dt_bias", {heads});
-    p.initial = arguments.floats(initial_states, "initial_states", {batch, heads, headdim, dstate});
-    p.runs = arguments.integers(runs, "runs", {batch, length});
-    p.head_to_group = arguments.integers(head_to_group, "head_to_group", {heads});
-    if (batch == 0 || heads == 0 || length == 0) return;
+    const SsdSizes sizes = take_ssd_arguments(arguments, p, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max,
+                                              head_to_group, initial_states, runs, y, final_states);
+    if (sizes.states() == 0 || sizes.length == 0) return;
 
     auto pitch_fits = [](const Tensor &t) { return t.size(1) == 1 || t.stride(1) % 8 == 0; };
     p.turns = !pitch_fits(x) || (z && !pitch_fits(*z));
     p.x = operand(x, "x", p.turns ? 8 : 1);
     if (z) p.z = operand(*z, "z", p.turns ? 8 : 1);
     p.has_z = z.has_value();
-    p.dt = dt.const_data_ptr();
-    p.A = static_cast<const float *>(A.const_data_ptr());
-    p.y = y.mutable_data_ptr();
-    p.final_states = static_cast<float *>(final_states.mutable_data_ptr());
-    p.dt_strides = strides(dt, "dt");
-    p.A_stride = A.stride(0);
-    p.D_head_stride = D ? D->stride(0) : 0;
-    p.D_channel_stride = D && D->dim() == 2 ? D->stride(1) : 0;
-    p.dt_bias_stride = dt_bias ? dt_bias->stride(0) : 0;
-    p.dt_min = static_cast<float>(dt_min);
-    p.dt_max = static_cast<float>(dt_max);
-    p.length = static_cast<int>(length);
-    p.heads = static_cast<int>(heads);
-    p.headdim = static_cast<int>(headdim);
-    p.dstate = static_cast<int>(dstate);
-    p.tiles = static_cast<int>((headdim + 63) / 64);
-    p.states = static_cast<int>(batch * heads * p.tiles);
+    p.states = static_cast<int>(sizes.states());
     p.cluster = best_cluster(p, x, z);
-    p.dt_softplus = dt_softplus;
-    p.dt_float = dt.scalar_type() == ScalarType::Float;
-
     arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
         using Input = std::remove_pointer_t<decltype(type)>;
         if constexpr (sizeof(Input) == 2) launch_for_states<Input>(p, B, C, segments, stream);     // as checked above

@@ -4,6 +4,7 @@
 
 #include "kernels/state_update.cuh"
 #include "ops/cuda_arguments.h"
+#include "ops/cuda_device.h"
 #include "ops/cuda_launchers.h"
 
 namespace shedder {
@@ -40,10 +41,9 @@ void launch_channels(StateUpdateParams &p, int32_t device, cudaStream_t stream) 
     const auto kernel = state_update_channels<Input, State, kExact>;
     static int64_t slots = 0;                                // CTAs that run at once; asking takes longer than a launch
     if (slots == 0) {
-        int multiprocessors = 0, resident = 0;
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        int resident = 0;
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kStepThreads, 0);
-        slots = int64_t{std::max(resident, 1)} * multiprocessors;
+        slots = int64_t{std::max(resident, 1)} * multiprocessors(device);
     }
     const int64_t tiles = (p.headdim + kStepThreads - 1) / kStepThreads;
     p.rows = static_cast<int>((p.batch * tiles + slots - 1) / slots);
