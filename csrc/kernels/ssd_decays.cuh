@@ -1,0 +1,117 @@
+// What each token of a chunk contributes to y and to the state, found by one warp of ssd_fwd for one head.
+
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/ssd_pieces.cuh"
+#include "kernels/ssd_rows.cuh"
+#include "kernels/ssd_wgmma.cuh"
+
+namespace shedder {
+
+// log(1 + exp(x)), with the small values of very negative x: there the first terms of the series.
+__device__ __forceinline__ float ssd_softplus(float x) {
+    const float e = exp2_fast(x * 1.4426950408889634f);
+    const float series = e * (1.f - e * (1.f / 2 - e * (1.f / 3 - e * (1.f / 4 - e * (1.f / 5)))));
+    const float log = 0.6931471805599453f * log2_fast(1.f + e);
+    return x > 20.f ? x : e < 0.0625f ? series : log;
+}
+
+struct SsdDecays {
+    float s[kChunk];
+    float columns[kChunk];                                   // s - log2(dt)
+    float anchored[kChunk];                                  // dt 2^(s[e] - s), e the last token of the 16 it is among
+    float from_state[kChunk];                                // 2^s
+    float to_state[kChunk];                                  // dt 2^(s[63] - s)
+    int run[kChunk];                                         // twice the run, plus one if y is shown
+    float keep;                                              // 2^s[63]
+    float unused[3];
+};
+
+// Where the producer finds dt of one head.
+struct SsdSource {
+    float A, bias;                                           // A times log2(e)
+    const char *dt;                                          // of the first token
+    const int32_t *runs;                                     // of the first token; may be null
+};
+
+// dt of two neighbouring tokens in each lane, as given.
+template <typename Input>
+__device__ __forceinline__ float2 fetch_dt(const SsdParams &p, const SsdSource &source, int chunk, int lane) {
+    float raw[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int64_t at = min(chunk * kChunk + 2 * lane + i, p.length - 1) * p.dt_strides.time;
+        raw[i] = p.dt_float ? reinterpret_cast<const float *>(source.dt)[at]
+                            : static_cast<float>(reinterpret_cast<const Input *>(source.dt)[at]);
+    }
+    return {raw[0], raw[1]};
+}
+
+// The decays of a chunk, by one warp.
+template <bool kExtras>
+__device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSource &source, int chunk, int lane,
+                                               float2 raw, SsdDecays &to) {
+    float dt[2] = {raw.x, raw.y}, decay[2];
+    int run[2] = {0, 0};
+    bool shown[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int t = chunk * kChunk + 2 * lane + i;
+        shown[i] = t < p.length;
+        dt[i] += source.bias;
+        if (p.dt_softplus) dt[i] = ssd_softplus(dt[i]);
+        dt[i] = dt[i] < p.dt_min ? p.dt_min : dt[i];     // comparisons, so that NaN stays NaN
+        dt[i] = dt[i] > p.dt_max ? p.dt_max : dt[i];
+        if (p.runs != nullptr) {
+            run[i] = source.runs[min(t, p.length - 1)];
+            shown[i] = shown[i] && run[i] >= 0;
+            run[i] = run[i] < 0 ? ~run[i] : run[i];
+        }
+        dt[i] = shown[i] ? dt[i] : 0.f;
+        decay[i] = dt[i] * source.A;
+        decay[i] = decay[i] < -160.f ? -160.f : decay[i];        // is 0 all the same, and s keeps its digits
+    }
+    float sum = decay[0] + decay[1];
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const float other = __shfl_up_sync(0xffffffffu, sum, offset);
+        if (lane >= offset) sum += other;
+    }
+    const float s[2] = {sum - decay[1], sum};
+    const float anchor = __shfl_sync(0xffffffffu, sum, lane | 7);
+    const float total = __shfl_sync(0xffffffffu, sum, 31);
+    const int run_out = __shfl_sync(0xffffffffu, run[1], 31);
+    int run_in = 0;                                      // that the state belongs to
+    if (p.runs != nullptr && chunk > 0) run_in = source.runs[chunk * kChunk - 1];
+    run_in = run_in < 0 ? ~run_in : run_in;
+    float from_state[2], to_state[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        from_state[i] = run[i] == run_in ? exp2_fast(s[i]) : 0.f;
+        to_state[i] = run[i] == run_out ? exp2_fast(total - s[i]) * dt[i] : 0.f;
+    }
+    if (kExtras && p.turns) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = turned(2 * lane + i);
+            to.s[row] = s[i];
+            to.columns[row] = s[i] - log2_fast(dt[i]);
+            to.from_state[row] = from_state[i];
+            to.to_state[row] = to_state[i];
+            to.run[row] = 2 * run[i] + shown[i];
+        }
+    } else {
+        reinterpret_cast<float2 *>(to.s)[lane] = {s[0], s[1]};
+        reinterpret_cast<float2 *>(to.columns)[lane] = {s[0] - log2_fast(dt[0]), s[1] - log2_fast(dt[1])};
+        reinterpret_cast<float2 *>(to.anchored)[lane] = {exp2_fast(anchor - s[0]) * dt[0],
+                                                         exp2_fast(anchor - s[1]) * dt[1]};
+        reinterpret_cast<float2 *>(to.from_state)[lane] = {from_state[0], from_state[1]};
+        reinterpret_cast<float2 *>(to.to_state)[lane] = {to_state[0], to_state[1]};
+        reinterpret_cast<int2 *>(to.run)[lane] = {2 * run[0] + shown[0], 2 * run[1] + shown[1]};
+    }
+    if (lane == 0) to.keep = run_in == run_out ? exp2_fast(total) : 0.f;
+}
+
+}  // namespace shedder

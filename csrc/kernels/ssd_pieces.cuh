@@ -1,0 +1,151 @@
+// What each CTA of ssd_fwd takes of the heads, and how these lie in memory.
+//
+// A cluster takes its heads in rounds, neighbours side by side, so that what they read lies together in L2. What is
+// left over after the last full round is taken in parts by several clusters, one after another along the sequence: the
+// first before all else, the last after all else, those between in the middle of another head, so that nobody waits.
+// Where there are few heads, a cluster takes a segment of its heads instead: it finds the states that the segment would
+// leave behind from zeros, waits for those before the segment, leaves what they decay to plus its own, and only then
+// walks along its chunks for y. States wait in `carry`. Tickets are drawn in order, so that the cluster waited for runs
+// or has run.
+
+#pragma once
+
+#include <cstdint>
+
+#include <cuda.h>
+
+namespace shedder {
+
+struct SsdStrides {                                          // in elements
+    int64_t batch, time, head;                               // or group
+};
+
+// Tensor maps of x or z: (batch, row, column); a row is one token, or the first of 8 tokens.
+struct SsdOperand {
+    CUtensorMap map[2], rest[2];                             // boxes of 64 columns; of the 8 columns behind them
+    int first, head, time;                                   // columns: of the first token, from head to head, ...
+    int batch, batches;                                      // columns between batch entries and 0, or 0 and 1
+};
+
+struct SsdParams {
+    CUtensorMap C, B;                                        // (batch, group, row, state): Input; a share of 64 rows
+    SsdOperand x, z;                                         // Input; z where has_z
+    bool has_z;
+    bool turns;                                              // rows of x and z are 8 tokens apart
+    const void *dt;                                          // Input, or float where dt_float
+    const float *A, *D, *dt_bias, *initial;                  // all but A may be null; initial as final_states
+    const int32_t *runs;                                     // (batch, time), ~run for padding; may be null
+    const int32_t *head_to_group;
+    void *y;                                                 // (batch, time, head, channel)
+    float *final_states;                                     // (batch, head, channel, state)
+    float *carry;                                            // states that CTAs leave to others, or to themselves
+    int32_t *tickets;                                        // zeros: the next ticket, then whether each state is left
+    SsdStrides dt_strides;
+    int64_t A_stride, D_head_stride, D_channel_stride, dt_bias_stride;
+    float dt_min, dt_max;
+    int length, heads, headdim, dstate;
+    int tiles;                                               // of 64 channels in a head
+    int states;                                              // batch * heads * tiles
+    int cluster;                                             // CTAs that take neighbouring states, a unit of them
+    int units;                                               // of states; the last may repeat its last state
+    int clusters, rounds;                                    // rounds of whole units
+    int left, parts;                                         // units left over, and the parts that each is taken in
+    int segment_chunks;                                      // where clusters take segments of units; else 0
+    bool dt_softplus, dt_float;
+};
+
+constexpr int kChunk = 64;
+
+// Where a CTA stands in the grid. Lies in shared memory: registers are short.
+struct SsdPlace {
+    int ticket, rank;                                        // of the cluster, and in it
+    int part;                                                // that it takes of a unit left over; below 0: none
+};
+
+struct SsdPiece {                                            // chunks of one head (of one of its tiles)
+    int unit, state, first, last;
+    int takes, leaves;                                       // places of the states before and behind; -1: none
+};
+
+__device__ __forceinline__ int pieces_of(const SsdParams &p, const SsdPlace &place) {
+    const bool interrupts = 0 < place.part && place.part < p.parts - 1;      // a head: then that is two pieces
+    return p.rounds + (place.part >= 0) + interrupts;
+}
+
+__device__ __forceinline__ SsdPiece piece_of(const SsdParams &p, const SsdPlace &place, int piece) {
+    const int chunks = (p.length + kChunk - 1) / kChunk, ticket = place.ticket;
+    SsdPiece of{ticket, 0, 0, chunks, -1, -1};
+    int takes = -1, leaves = -1;                             // of clusters
+    if (p.segment_chunks > 0) {
+        of.unit = ticket % p.units;
+        of.first = ticket / p.units * p.segment_chunks;
+        of.last = min(of.first + p.segment_chunks, chunks);
+        takes = ticket - p.units;
+        leaves = of.last < chunks ? ticket : -1;
+    } else {
+        const int part = place.part, between = part < p.parts - 1;
+        // The place of the part among the pieces, and where it interrupts the first head.
+        const int at = part <= 0 ? 0 : between ? 1 : p.rounds;
+        const int interrupt = part > 0 && between ? part * chunks / (p.parts - 1) : 0;
+        if (part >= 0 && piece == at) {
+            of.unit = p.rounds * p.clusters + ticket - part * p.left;
+            of.first = part * chunks / p.parts;
+            of.last = (part + 1) * chunks / p.parts;
+            takes = ticket - p.left;
+            leaves = between ? ticket : -1;
+        } else {
+            const int own = piece - (part >= 0 && piece > at) - (interrupt > 0 && piece > at);
+            const int resumed = (p.parts - 2) * p.left + ticket;             // behind the places of parts
+            of.unit = own * p.clusters + ticket;
+            if (interrupt > 0 && piece == 0) of.last = interrupt, leaves = resumed;
+            if (interrupt > 0 && piece == 2) of.first = interrupt, of.unit = ticket, takes = resumed;
+        }
+    }
+    of.state = min(of.unit * p.cluster + place.rank, p.states - 1);
+    of.takes = takes < 0 ? -1 : takes * p.cluster + place.rank;
+    of.leaves = leaves < 0 ? -1 : leaves * p.cluster + place.rank;
+    return of;
+}
+
+// Whether all states of a unit read the same B and C.
+__device__ __forceinline__ bool is_shared(const SsdParams &p, int unit) {
+    const int in_batch = p.heads * p.tiles, first = unit * p.cluster;
+    bool same = true;
+    for (int rank = 1; rank < p.cluster; ++rank) {
+        const int state = min(first + rank, p.states - 1);
+        same = same && state / in_batch == first / in_batch
+            && p.head_to_group[state % in_batch / p.tiles] == p.head_to_group[first % in_batch / p.tiles];
+    }
+    return same;
+}
+
+// The channels of a state, and how they lie in the boxes of x and z and in the rows of h and y: channel c is row
+// first + c, modulo 64.
+struct SsdRows {
+    int head, first_channel, channels;
+    int x, z;                                                // columns of the first channel of the first token
+    int first;
+    bool rest;                                               // channels lie behind the boxes of 64 columns
+    bool moves;                                              // fragments of x and z are moved to their rows
+};
+
+template <bool kExtras>
+__device__ __forceinline__ SsdRows rows_of(const SsdParams &p, int state) {
+    const bool has_z = kExtras && p.has_z;
+    const int in_batch = p.heads * p.tiles, batch = state / in_batch, tile = state % in_batch;
+    SsdRows rows;
+    rows.head = tile / p.tiles;
+    rows.first_channel = tile % p.tiles * 64;
+    rows.channels = min(p.headdim - rows.first_channel, 64);
+    auto column_of = [&](const SsdOperand &from) {
+        return from.first + batch * from.batch + rows.head * from.head + rows.first_channel;
+    };
+    rows.x = column_of(p.x);
+    rows.z = has_z ? column_of(p.z) : rows.x;
+    rows.moves = kExtras && (p.turns || (rows.x & 7) != (rows.z & 7));
+    rows.first = rows.moves ? 0 : rows.x & 7;
+    rows.rest = kExtras && p.turns || max(rows.x & 7, rows.z & 7) + rows.channels > 64;
+    return rows;
+}
+
+}  // namespace shedder

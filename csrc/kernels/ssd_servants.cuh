@@ -1,0 +1,169 @@
+// The warps that serve the consumer of ssd_fwd, and the shared memory through which they do.
+
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/ssd_decays.cuh"
+#include "kernels/ssd_pieces.cuh"
+#include "kernels/ssd_rows.cuh"
+#include "kernels/ssd_wgmma.cuh"
+
+namespace shedder {
+
+constexpr int kStages = 2;
+constexpr int kRestBytes = kTileRows * 16;                    // of a box of the map `rest`
+constexpr int kYTaken = 2, kYThere = 3;                      // named barriers of the consumer and who stores y
+
+template <int kStates16, bool kExtras>
+struct SsdShared {
+    static constexpr int kTiles = (kStates16 + 3) / 4;       // of 64 states
+    static constexpr int kInputs = kExtras ? 2 : 1;          // x, z
+    static constexpr int kOperand = kTiles * kTileBytes;     // B or C
+    static constexpr int kStage = 2 * kOperand + kInputs * kTileBytes;      // C, B, x, z
+    static constexpr int kScores = kStages * kStage;         // S
+    static constexpr int kY = kScores + kTileBytes;          // y, where z does not leave its tile to it
+    static constexpr int kRest = kY + (kExtras ? 0 : kTileBytes);            // of x, z of each stage
+    static constexpr int kDecays = kRest + kStages * kInputs * kRestBytes;
+    static constexpr int kBarriers = kDecays + kStages * sizeof(SsdDecays);  // full, empty
+    static constexpr int kPlace = kBarriers + kStages * 16;
+    static constexpr int kBytes = kPlace + 16 + 1024;          // and room to align the first tile
+};
+
+// CTAs of a multiprocessor. Where there are two, the consumer takes registers of the other warps.
+template <int kStates16>
+constexpr int kSsdCtas = kStates16 <= 8 ? 2 : 1;
+// Warps 4 and 5 store y, which is the most work beside the products: on the schedulers of the consumer's warps that
+// have the fewest scores. 6 copies, 7 prepares decays.
+constexpr int kCopyWarp = 6;
+template <bool kExtras>
+constexpr int kServantRegisters = kExtras ? 56 : 48;
+template <bool kExtras>
+constexpr int kConsumerRegisters = kExtras ? 200 : 208;
+
+// A warp that copies, and one that prepares decays.
+template <typename Input, int kStates16, bool kExtras>
+__device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &place, char *shared, uint32_t shared_at) {
+    using Shared = SsdShared<kStates16, kExtras>;
+    const bool copies = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == kCopyWarp;
+    const int lane = threadIdx.x % 32;
+    const bool has_z = kExtras && p.has_z;
+    const int turns = kExtras && p.turns ? 8 : 1, remainder = kExtras && p.turns ? p.length % 8 : 1;
+    const uint32_t full_at = shared_at + Shared::kBarriers, empty_at = full_at + kStages * 8;
+    int stage = 0;
+    uint32_t parity = 1;
+#pragma unroll 1
+    for (int i = 0; i < pieces_of(p, place); ++i) {
+        const SsdPiece piece = piece_of(p, place, i);
+        const int batch = piece.state / (p.heads * p.tiles), tile = piece.state % (p.heads * p.tiles);
+        const int head = tile / p.tiles, group = p.head_to_group[head];
+        const bool is_local = p.segment_chunks > 0 && piece.leaves >= 0;
+        if (copies) {
+            if (lane > 0) continue;
+            const SsdRows rows = rows_of<kExtras>(p, piece.state);
+            // B and C by shares of rows: all of them, or one that goes to all CTAs of the cluster.
+            const bool shared_by_all = is_shared(p, piece.unit);
+            const int share = kTileRows / p.cluster, first_share = shared_by_all ? place.rank : 0,
+                      last_share = shared_by_all ? place.rank : p.cluster - 1;
+            const uint32_t to_all = shared_by_all && p.cluster > 1 ? (1u << p.cluster) - 1 : 0;
+#pragma unroll 1
+            for (int local = is_local; local >= 0; --local)
+#pragma unroll 1
+                for (int chunk = piece.first; chunk < piece.last; ++chunk) {
+                    const int operands = 1 + (has_z && !local);
+                    const uint32_t stage_at = shared_at + stage * Shared::kStage,
+                                   x_at = stage_at + 2 * Shared::kOperand,
+                                   rest_at = shared_at + Shared::kRest + stage * Shared::kInputs * kRestBytes;
+                    const uint32_t full = full_at + stage * 8;
+                    barrier_wait(empty_at + stage * 8, parity);
+                    barrier_arrive_expecting(full, (2 - local) * Shared::kOperand
+                                                       + operands * (kTileBytes + rows.rest * kRestBytes));
+#pragma unroll 1
+                    for (int part = first_share; part <= last_share; ++part)
+#pragma unroll
+                        for (int t = 0; t < Shared::kTiles; ++t) {
+                            const uint32_t to = stage_at + t * kTileBytes + part * share * 128;
+                            const int row = chunk * kChunk + part * share;
+                            if (!local) copy_box(to, &p.C, t * 64, row, group, batch, full, to_all);
+                            copy_box(to + Shared::kOperand, &p.B, t * 64, row, group, batch, full, to_all);
+                        }
+#pragma unroll 1
+                    for (int operand = 0; operand < operands; ++operand) {
+                        const SsdOperand &from = operand == 0 ? p.x : p.z;
+                        int column = operand == 0 ? rows.x : rows.z;
+#pragma unroll 1
+                        for (int turn = 0; turn < turns; ++turn) {
+                            const bool fewer = turn >= remainder;      // of these tokens than of the first of 8
+                            const int row = chunk * (kChunk / turns) + (fewer && p.length < 8);    // 1: none
+                            const int entry = batch * from.batches;
+                            copy_box(x_at + operand * kTileBytes + turn * 1024, &from.map[fewer], column & ~7, row,
+                                     entry, full);
+                            if (chunk + 1 < piece.last)      // the next one into L2
+                                prefetch_box(&from.map[fewer], column & ~7, row + kChunk / turns, entry);
+                            if (rows.rest)
+                                copy_box(rest_at + operand * kRestBytes + turn * 128, &from.rest[fewer],
+                                         (column & ~7) + 64, row, entry, full);
+                            column += from.time;
+                        }
+                    }
+                    if (++stage == kStages) stage = 0, parity ^= 1;
+                }
+        } else {
+            SsdSource source;
+            source.A = p.A[head * p.A_stride] * 1.4426950408889634f;
+            source.bias = p.dt_bias == nullptr ? 0.f : p.dt_bias[head * p.dt_bias_stride];
+            source.dt = static_cast<const char *>(p.dt)
+                + (batch * p.dt_strides.batch + head * p.dt_strides.head) * (p.dt_float ? 4 : 2);
+            source.runs = p.runs == nullptr ? nullptr : p.runs + batch * int64_t{p.length};
+#pragma unroll 1
+            for (int local = is_local; local >= 0; --local)
+#pragma unroll 1
+                for (int chunk = piece.first; chunk < piece.last; ++chunk) {
+                    const float2 dt = fetch_dt<Input>(p, source, chunk, lane);
+                    barrier_wait(empty_at + stage * 8, parity);
+                    prepare_decays<kExtras>(p, source, chunk, lane, dt,
+                                            reinterpret_cast<SsdDecays *>(shared + Shared::kDecays)[stage]);
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(full_at + stage * 8);
+                    if (++stage == kStages) stage = 0, parity ^= 1;
+                }
+        }
+    }
+}
+
+// Two warps that store y.
+template <typename Input, int kStates16, bool kExtras>
+__device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &place, char *shared, uint32_t shared_at) {
+    using Shared = SsdShared<kStates16, kExtras>;
+    unsigned thread = threadIdx.x % 64;
+    const int64_t stride = int64_t{p.heads} * p.headdim * 2;
+    int stage = 0;
+#pragma unroll 1
+    for (int i = 0; i < pieces_of(p, place); ++i) {
+        const SsdPiece piece = piece_of(p, place, i);
+        const SsdRows rows = rows_of<kExtras>(p, piece.state);
+        char *y = static_cast<char *>(p.y)
+            + (piece.state / (p.heads * p.tiles) * int64_t{p.length} + piece.first * kChunk) * stride
+            + (rows.head * p.headdim + rows.first_channel) * 2;
+        if (p.segment_chunks > 0 && piece.leaves >= 0) stage = (stage + piece.last - piece.first) % kStages;
+#pragma unroll 1
+        for (int chunk = piece.first; chunk < piece.last; ++chunk) {
+            const char *const from = shared + (kExtras ? stage * Shared::kStage + 2 * Shared::kOperand + kTileBytes
+                                                       : Shared::kY);
+            asm volatile("" : "+r"(thread));                 // hidden, else addresses fill the registers
+            barrier_arrive_at<kYTaken>();
+            barrier_sync_at<kYThere>();
+            const int count = min(p.length - chunk * kChunk, kChunk);
+            if (kExtras && p.turns) store_rows<true>(y, stride, from, rows.first, count, rows.channels, thread);
+            else store_rows<false>(y, stride, from, rows.first, count, rows.channels, thread);
+            y += kChunk * stride;
+            if constexpr (kExtras) {
+                __syncwarp();
+                if (thread % 32 == 0) barrier_arrive(shared_at + Shared::kBarriers + (kStages + stage) * 8);
+            }
+            if (++stage == kStages) stage = 0;
+        }
+    }
+}
+
+}  // namespace shedder
