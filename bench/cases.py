@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.workloads import Workload
 from shedder import reference
+from shedder.prune.kept import ROW_MULTIPLE
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PEER_CHUNK = 256                                        # mamba_ssm's default chunk_size
@@ -191,38 +192,41 @@ def _ssd_reference(t: Inputs) -> Outputs:
 
 
 def _mamba2_inputs(w: Workload, draw: Draw) -> Inputs:
+    """zxbcdt as a compacted in_proj leaves it, in whole rows."""
     batch, length, heads, headdim, states, groups = (w.shape[key] for key in "BLHPNG")
     inner, conv = heads * headdim, heads * headdim + 2 * groups * states
-    return {"zxbcdt": draw.normal(batch, length, inner + conv + heads), "conv_weight": draw.normal(conv, 4, scale=0.5),
-            "conv_bias": draw.normal(conv), "dt_bias": draw.dt_bias(heads), "A": draw.decay(heads),
-            "D": draw.normal(heads, dtype=torch.float32), "norm_weight": draw.normal(inner, scale=0.1).add_(1),
-            "headdim": headdim, "groups": groups}
+    padding = -(inner + conv + heads) % ROW_MULTIPLE
+    return {"zxbcdt": draw.normal(batch, length, inner + conv + heads + padding), "row_padding": padding,
+            "conv_weight": draw.normal(conv, 4, scale=0.5), "conv_bias": draw.normal(conv),
+            "dt_bias": draw.dt_bias(heads), "A": draw.decay(heads), "D": draw.normal(heads, dtype=torch.float32),
+            "norm_weight": draw.normal(inner, scale=0.1).add_(1), "headdim": headdim, "groups": groups}
 
 
-def _mamba2_call(function: Callable[..., Tensor], t: Inputs, **extra: Any) -> Outputs:
-    return (function(t["zxbcdt"], t["conv_weight"], t["conv_bias"], t["dt_bias"], t["A"], t["D"], PEER_CHUNK,
+def _mamba2_call(function: Callable[..., Tensor], zxbcdt: Tensor, t: Inputs, **extra: Any) -> Outputs:
+    return (function(zxbcdt, t["conv_weight"], t["conv_bias"], t["dt_bias"], t["A"], t["D"], PEER_CHUNK,
                      activation="silu", rmsnorm_weight=t["norm_weight"], rmsnorm_eps=EPS, headdim=t["headdim"],
                      ngroups=t["groups"], norm_before_gate=False, **extra),)
 
 
 def _mamba2_ours(t: Inputs, backend: str | None) -> Outputs:
     from shedder.ops import mamba_split_conv1d_scan_combined
-    return _mamba2_call(mamba_split_conv1d_scan_combined, t, backend=backend)
+    return _mamba2_call(mamba_split_conv1d_scan_combined, t["zxbcdt"], t, row_padding=t["row_padding"],
+                        backend=backend)
 
 
 def _mamba2_peer(t: Inputs) -> Outputs:
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
     inner, conv, pitch = t["norm_weight"].numel(), t["conv_weight"].shape[0], t["zxbcdt"].shape[-1]
-    if conv % 8 == 0 and pitch % 8 == 0 and inner % 8 != 0:
+    if conv % 8 == 0 and inner % 8 != 0:
         raise RuntimeError("not run: causal_conv1d reads 16 bytes at a misaligned address and loses the CUDA context")
-    return _mamba2_call(mamba_split_conv1d_scan_combined, t)
+    return _mamba2_call(mamba_split_conv1d_scan_combined, t["zxbcdt"][..., :pitch - t["row_padding"]], t)
 
 
 def _mamba2_reference(t: Inputs) -> Outputs:
     zxbcdt, weight, bias, dt_bias, A, D, norm_weight = _double(
         t, "zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A", "D", "norm_weight")
     heads, inner, conv, groups = A.numel(), norm_weight.numel(), weight.shape[0], t["groups"]
-    z, xBC, dt = zxbcdt.split([inner, conv, heads], dim=-1)
+    z, xBC, dt, _ = zxbcdt.split([inner, conv, heads, t["row_padding"]], dim=-1)
     xBC = reference.causal_conv1d(xBC.transpose(1, 2), weight, bias, "silu")[0].transpose(1, 2)
     states = (conv - inner) // (2 * groups)
     x, B, C = xBC.split([inner, groups * states, groups * states], dim=-1)

@@ -126,8 +126,19 @@ def test_neighbours_share_what_they_read(heads, groups):             # clusters,
     assert_matches(case)
 
 
-def test_neighbours_share_what_they_read_with_every_extra():
-    case = inputs(4, 130, 67, 61, 101, z=True, packed=True, channel_D=True)
+@pytest.mark.parametrize("heads", [67, 68])
+def test_neighbours_share_what_they_read_with_every_extra(heads):
+    case = inputs(4, 450, heads, 61, 101, z=True, packed=True, channel_D=True)
+    assert_matches(case)
+
+
+# Two heads of an odd number of channels share a word of each row of y.
+@pytest.mark.parametrize(("headdim", "first"), [(1, 0), (13, 0), (63, 0), (61, 1), (61, 8)])
+def test_neighbours_store_into_the_same_words(headdim, first):
+    case = inputs(4, 710, 66, headdim, 24)
+    pitch = (66 * headdim + 15) // 8 * 8
+    around = torch.full((4, 710, pitch), torch.nan, dtype=torch.bfloat16, device="cuda")
+    case["x"] = around[..., first:first + 66 * headdim].unflatten(2, (66, headdim)).copy_(case["x"])
     assert_matches(case)
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pointwise import silu
+from .rows import empty_in_rows
 
 
 @triton.jit(do_not_specialize=["channels"])
@@ -75,7 +76,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, in
     """x (B, D, L) in any memory order; weight (D, W) -> y (B, D, L) in x's order, final states (B, D, W-1)."""
     batch, channels, length = x.shape
     width = weight.shape[1]
-    y = torch.empty_like(x)
+    y = empty_in_rows(x)
     final_states = torch.empty(batch, channels, width - 1, dtype=x.dtype, device=x.device)
     block_c, block_t = (64, 32) if x.stride(1) == 1 else (8, 256)        # long along what is contiguous
     if length < block_t:

@@ -21,6 +21,11 @@ __device__ inline void copy_async_part(void *to, const void *from, int bytes) {
                  :: "r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 __device__ inline void copies_committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void copies_landed() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// All copies but those of the last kGroups commits.
+template <int kGroups>
+__device__ inline void copies_landed_but() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(kGroups) : "memory");
+}
+__device__ inline void copies_landed() { copies_landed_but<0>(); }
 
 }  // namespace shedder

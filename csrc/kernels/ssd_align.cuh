@@ -20,6 +20,8 @@ struct SsdAlignParams {
     int pieces, pitch;                                       // written of each row; from row to row
     int blocks;                                              // of a batch entry and group
     bool turns;
+    int32_t *tickets;                                        // of ssd_fwd, set to zeros
+    int ticket_count;
 };
 
 constexpr int kAlignThreads = 256, kAlignRows = 4;           // of a thread
@@ -28,6 +30,8 @@ constexpr int kAlignThreads = 256, kAlignRows = 4;           // of a thread
 template <int kLanes>
 __global__ void __launch_bounds__(kAlignThreads) ssd_align(const __grid_constant__ SsdAlignParams p) {
     start_dependents();                                      // ssd_fwd waits for the end of this kernel all the same
+    if (blockIdx.x == 0 && blockIdx.y == 0)
+        for (int i = threadIdx.x; i < p.ticket_count; i += kAlignThreads) p.tickets[i] = 0;
     constexpr int kStep = kAlignThreads / kLanes;
     const SsdAlignOperand &o = p.operands[blockIdx.y];
     const int entry = blockIdx.x / p.blocks, batch = entry / p.groups, group = entry % p.groups;

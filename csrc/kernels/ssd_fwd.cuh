@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             barrier_init(empty_at + i * 8, 4 * p.cluster + (kExtras ? 2 : 0));
         }
         barriers_are_there();
+        wait_for_kernel_before();                            // which may have set the tickets to zeros
         place.rank = p.cluster > 1 ? cluster_rank() : 0;
         if (place.rank == 0) {
             const int ticket =
@@ -470,13 +471,35 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             continue;
         }
         const SsdRows rows_of_h = rows_of<kExtras>(p, ended.state);
+        asm volatile("" : "+r"(thread));                     // hidden, else what follows is kept over the piece
+        const int q = thread % 4;
 #pragma unroll
         for (int down = 0; down < 2; ++down) {
             float *const to = state_row(p.final_states, ended.state, rows_of_h, down * 8);
-            if (exists(rows_of_h, down * 8))
+            const bool there = exists(rows_of_h, down * 8);
+            // Two states at a time. A row that lies between pairs of memory, one of an odd number of states, takes the
+            // first of each pair from the lane before.
+            const bool between = reinterpret_cast<uintptr_t>(to) & 4;
+            float *const pairs = to - between;
+            const int left = there ? p.dstate - 2 * q + between : 0;         // states from there on
+            float behind = 0.f;
 #pragma unroll
-                for (int i = 0; i < kStates16 * 4; ++i)
-                    if (i / 2 * 8 + i % 2 < p.dstate - 2 * q) to[i / 2 * 8 + i % 2] = h[i / 2 * 4 + down * 2 + i % 2];
+            for (int i = 0; i < kStates16 * 2; ++i) {
+                float2 pair{h[i * 4 + down * 2], h[i * 4 + down * 2 + 1]};
+                if (p.dstate % 2 != 0) {
+                    const float given = q == 3 ? behind : pair.y;
+                    behind = pair.y;
+                    const float taken = __shfl_sync(0xffffffffu, given, q + 3, 4);
+                    if (between) pair = {taken, pair.x};
+                }
+                if (i == 0 && between && q == 0) {
+                    if (left > 1) pairs[1] = pair.y;
+                } else if (i * 8 + 1 < left) {
+                    *reinterpret_cast<float2 *>(pairs + i * 8) = pair;
+                } else if (i * 8 < left) {
+                    pairs[i * 8] = pair.x;
+                }
+            }
         }
     }
     if (p.cluster > 1) cluster_sync();                       // while others may still release stages of this CTA

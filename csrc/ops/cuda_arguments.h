@@ -82,8 +82,6 @@ inline bool on_grid(const void *data, int64_t element_size, std::initializer_lis
     return fits;
 }
 
-inline int64_t element_size(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
-
 // Blocks for `tasks` of which each takes `per_block`. Kernels number tasks by 32 bits: a division of 64 costs as much as
 // 25 products.
 inline unsigned blocks_for(const char *op, int64_t tasks, int64_t per_block) {

@@ -9,13 +9,15 @@
 namespace shedder {
 namespace {
 
+constexpr int64_t kMostChannels = int64_t{1} << 30;
+
 CausalConv1dParams conv_params(const Arguments &arguments, const Tensor &x, const Tensor &weight,
                                const MaybeTensor &bias, bool silu, const Tensor &y) {
     STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "shedder_cuda::", arguments.op,
                     " takes x (B, D, L) and weight (D, W)");
     CausalConv1dParams p{};
     p.batch = x.size(0);
-    STD_TORCH_CHECK(std::max(x.size(1), x.size(2)) < (int64_t{1} << 30), "shedder_cuda::", arguments.op,
+    STD_TORCH_CHECK(std::max(x.size(1), x.size(2)) < kMostChannels, "shedder_cuda::", arguments.op,
                     ": D and L must be below 2^30");
     p.channels = static_cast<int>(x.size(1));
     p.length = static_cast<int>(x.size(2));
@@ -50,13 +52,13 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
     constexpr const char *kOp = "causal_conv1d";
     constexpr int64_t size = sizeof(T), kWarps = kConvThreads / 32;
     const ConvStrides &x = p.x_strides, &y = p.y_strides;
-    if (p.channels >= kTileChannels && x.channel == 1 && y.channel == 1) {
-        constexpr int64_t kBytes = kLaneChannels * size;
+    constexpr int64_t kBytes = kLaneChannels * size;
+    if (p.channels >= kTileChannels && x.channel == 1 && y.channel == 1
+        && on_grid(p.y, size, {y.batch, y.time}, kBytes)) {
         const int64_t tiles = (p.channels + kTileChannels - 1) / kTileChannels;
         p.steps = static_cast<int>(steps_for(p.length, tiles * p.batch));
         const unsigned blocks = blocks_for(kOp, p.batch * tiles * ((p.length + p.steps - 1) / p.steps), kWarps);
-        if (p.channels % kLaneChannels == 0 && on_grid(p.x, size, {x.batch, x.time}, kBytes)
-            && on_grid(p.y, size, {y.batch, y.time}, kBytes))
+        if (on_grid(p.x, size, {x.batch, x.time}))
             causal_conv1d_channels<T, true, kFull, kPacked><<<blocks, kConvThreads, 0, stream>>>(p);
         else
             causal_conv1d_channels<T, false, kFull, kPacked><<<blocks, kConvThreads, 0, stream>>>(p);
@@ -103,8 +105,19 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
 
 void causal_conv1d(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, bool silu,
                    const MaybeTensor &initial_states, const MaybeTensor &seq_idx, Tensor y, Tensor final_states) {
+    constexpr ConvParts kAllSideBySide{kMostChannels, 1, 0, 0};
+    causal_conv1d_to_parts(x, weight, bias, silu, initial_states, seq_idx, y, final_states, kAllSideBySide);
+}
+
+void causal_conv1d_to_parts(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, bool silu,
+                            const MaybeTensor &initial_states, const MaybeTensor &seq_idx, Tensor y,
+                            Tensor final_states, const ConvParts &parts) {
     const Arguments arguments{"causal_conv1d", x.get_device_index()};
     CausalConv1dParams p = conv_params(arguments, x, weight, bias, silu, y);
+    p.whole = static_cast<int>(parts.whole);
+    p.part = static_cast<int>(parts.part);
+    p.parts_at = static_cast<int>(parts.at);
+    p.part_pitch = static_cast<int>(parts.pitch);
     const int64_t history = p.width - 1;
     arguments.check(final_states, "final_states", x.scalar_type(), {p.batch, p.channels, history});
     STD_TORCH_CHECK(final_states.is_contiguous(), "shedder_cuda::causal_conv1d: final_states is not contiguous");

@@ -22,4 +22,6 @@ cudaStream_t current_stream(int32_t device_index);
 
 void check_launch(const char *op);
 
+inline int64_t element_size(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
+
 }  // namespace shedder

@@ -63,8 +63,9 @@ CUtensorMap states_map(const char *name, ScalarType dtype, uint64_t address, int
     return tensor_map(name, dtype, address, 4, sizes, strides, box);
 }
 
-// The maps of C and B, or of copies of them; these are returned, for torch to free in stream order.
-MaybeTensor make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int64_t columns,
+// The maps of C and B, or of copies of them; these are returned, for torch to free in stream order. Sets the tickets to
+// zeros on the way.
+MaybeTensor make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int64_t columns, int64_t ticket_count,
                              cudaStream_t stream) {
     const int64_t batch = B.size(0), length = B.size(1), groups = B.size(2);
     // 32 bytes are a sector of L2: boxes whose rows start between two of them read a quarter more.
@@ -75,6 +76,7 @@ MaybeTensor make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int
         };
         p.C = map("C", C);
         p.B = map("B", B);
+        if (ticket_count > 0) cudaMemsetAsync(p.tickets, 0, ticket_count * sizeof(int32_t), stream);
         return std::nullopt;
     }
     const int64_t rows = (length + kChunk - 1) / kChunk * kChunk;
@@ -100,6 +102,8 @@ MaybeTensor make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int
     a.pieces = static_cast<int>(columns / 8);
     a.pitch = static_cast<int>(pitch / 8);
     a.turns = p.turns;
+    a.tickets = p.tickets;
+    a.ticket_count = static_cast<int>(ticket_count);
     auto start = [&](auto kernel, int lanes) {
         const int64_t in_block = kAlignThreads / lanes * kAlignRows;
         a.blocks = static_cast<int>((rows + in_block - 1) / in_block);
@@ -227,10 +231,9 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
         tickets = torch::stable::new_empty(B, {1 + places}, ScalarType::Int);
         p.carry = static_cast<float *>(carry->mutable_data_ptr());
         p.tickets = static_cast<int32_t *>(tickets->mutable_data_ptr());
-        cudaMemsetAsync(p.tickets, 0, (1 + places) * sizeof(int32_t), stream);
     }
     // Right before the kernel that may start with it.
-    const MaybeTensor aligned = make_states_maps(p, B, C, kStates16 * 16, stream);
+    const MaybeTensor aligned = make_states_maps(p, B, C, kStates16 * 16, places > 0 ? 1 + places : 0, stream);
     cudaLaunchConfig_t config{};
     config.gridDim = static_cast<unsigned>(p.clusters * p.cluster);
     config.blockDim = 256;

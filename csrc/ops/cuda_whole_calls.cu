@@ -64,6 +64,18 @@ Tensor empty_in_order_of(const Tensor &t) {
     return empty(t, t.scalar_type(), t.sizes(), strides);
 }
 
+// So many elements, and those up to the next line of the caches.
+int64_t in_lines(ScalarType dtype, int64_t elements) {
+    const int64_t line = 128 / element_size(dtype);
+    return (elements + line - 1) / line * line;
+}
+
+// With the shape of t, channels (dimension 1) adjacent and those of each token from a line on.
+Tensor empty_in_rows(const Tensor &t) {
+    const int64_t pitch = in_lines(t.scalar_type(), t.size(1));
+    return empty(t, t.scalar_type(), t.sizes(), std::array<int64_t, 3>{t.size(2) * pitch, 1, pitch});
+}
+
 // The elements of t from `offset` on, seen with other sizes and strides.
 Tensor view(const Tensor &t, int64_t offset, Sizes sizes, Sizes strides) {
     AtenTensorHandle handle;
@@ -161,22 +173,25 @@ Outputs mamba_split_conv1d_scan_combined(const Tensor &zxbcdt, const Tensor &con
         const ScalarType dtype = zxbcdt.scalar_type();
         const int64_t batch = zxbcdt.size(0), length = zxbcdt.size(1), heads = A.size(0);
         const int64_t row = zxbcdt.stride(1), entry = zxbcdt.stride(0);
-        const int64_t inner = heads * headdim, channels = conv_weight.size(0), states = (channels - inner) / 2;
-        const int64_t dstate = states / groups;
+        const int64_t inner = heads * headdim, channels = conv_weight.size(0);
+        const int64_t dstate = (channels - inner) / (2 * groups);
         require(heads > 0 && dstate > 0 && channels == inner + 2 * groups * dstate && row_padding >= 0
                 && zxbcdt.size(2) == inner + channels + heads + row_padding);
         require(!expected_dstate || *expected_dstate == dstate);
         require(norm_weight || !segments);
 
-        // Rows of the convolved x, B and C begin on the grid of 16-byte accesses.
-        const int64_t pitch = (channels + 7) / 8 * 8;
-        const Tensor xBC = empty(zxbcdt, dtype, {batch, channels, length}, {length * pitch, 1, pitch});
-        causal_conv1d(view(zxbcdt, inner, {batch, channels, length}, {entry, 1, row}), conv_weight, conv_bias, silu,
-                      std::nullopt, std::nullopt, xBC,
-                      empty(zxbcdt, dtype, {batch, channels, conv_weight.size(1) - 1}));
+        // x, and B and C of each group, from a line on: so ssd reads them as they are.
+        const int64_t states_at = in_lines(dtype, inner), of_group = in_lines(dtype, dstate);
+        const int64_t pitch = states_at + 2 * groups * of_group;
+        const Tensor xBC = empty(zxbcdt, dtype, {batch, length, pitch});
+        causal_conv1d_to_parts(view(zxbcdt, inner, {batch, channels, length}, {entry, 1, row}), conv_weight, conv_bias,
+                               silu, std::nullopt, std::nullopt,
+                               view(xBC, 0, {batch, channels, length}, {length * pitch, 1, pitch}),
+                               empty(zxbcdt, dtype, {batch, channels, conv_weight.size(1) - 1}),
+                               {inner, dstate, states_at, of_group});
 
         const auto of_groups = [&](int64_t first) {
-            return view(xBC, first, {batch, length, groups, dstate}, {length * pitch, pitch, dstate, 1});
+            return view(xBC, first, {batch, length, groups, dstate}, {length * pitch, pitch, of_group, 1});
         };
         const std::array<int64_t, 4> by_head{batch, length, heads, headdim};
         MaybeTensor z;
@@ -185,7 +200,7 @@ Outputs mamba_split_conv1d_scan_combined(const Tensor &zxbcdt, const Tensor &con
         const Tensor final_states = empty(zxbcdt, ScalarType::Float, {batch, heads, headdim, dstate});
         ssd(view(xBC, 0, by_head, {length * pitch, pitch, headdim, 1}),
             view(zxbcdt, inner + channels, {batch, length, heads}, {entry, row, 1}), as_float(A),
-            of_groups(inner), of_groups(inner + states), MaybeTensor(as_float(D)), z, as_float(dt_bias), true, dt_min,
+            of_groups(states_at), of_groups(states_at + groups * of_group), MaybeTensor(as_float(D)), z, as_float(dt_bias), true, dt_min,
             dt_max, head_to_group, initial_states, std::nullopt, y, final_states, 0);
 
         Tensor out = view(y, 0, {batch, length, inner}, {length * inner, inner, 1});
@@ -220,7 +235,7 @@ Outputs causal_conv1d_fn(const Tensor &x, const Tensor &weight, const MaybeTenso
     return unless_refused([&]() -> Outputs {
         require(x.dim() == 3 && weight.dim() == 2 && x.numel() > 0);
         require_one_dtype(weight, bias);
-        const Tensor y = empty_in_order_of(x);
+        const Tensor y = x.stride(1) == 1 && x.stride(2) != 1 ? empty_in_rows(x) : empty_in_order_of(x);
         const Tensor states = empty(x, x.scalar_type(), {x.size(0), x.size(1), weight.size(1) - 1});
         causal_conv1d(x, weight, bias, silu, initial_states, seq_idx, y, states);
         return {y, return_final_states ? MaybeTensor(states) : std::nullopt};

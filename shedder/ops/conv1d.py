@@ -22,6 +22,7 @@ from shedder.ops.checks import (
 )
 from shedder.ops.register import register
 from shedder.ops.whole import take_whole
+from shedder.triton_kernels.rows import empty_in_rows
 
 
 def _facts(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
@@ -33,7 +34,7 @@ def _facts(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_s
 
 
 def _fake(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1)
+    return empty_in_rows(x), x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1)
 
 
 def _recompute(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
@@ -78,7 +79,8 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_
         return_final_states: also return (B, D, W-1), the last inputs. final_states_out: write them here.
         activation: None, "silu" or "swish".
     Returns:
-        y (B, D, L) as x, with channels adjacent in memory where they are in x; then the final states if asked for.
+        y (B, D, L) as x, with channels adjacent in memory where they are in x, each token's from a multiple of 128
+        bytes on; then the final states if asked for.
     Raises:
         ValueError: naming the argument, what came, and what is accepted.
     """

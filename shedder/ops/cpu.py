@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shedder import native
+from shedder.triton_kernels.rows import empty_in_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_STATES = 256
@@ -95,7 +96,7 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
                   seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x)
+    y = empty_in_rows(x)
     final_states = torch.empty(*x.shape[:2], weight.shape[1] - 1, dtype=x.dtype)
     torch.ops.shedder_cpu.causal_conv1d.default(x, weight, bias, silu, initial_states, _numbers(seq_idx), y,
                                                 final_states)

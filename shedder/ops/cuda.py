@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shedder import native
 from shedder.triton_kernels.packed import sequence_runs
+from shedder.triton_kernels.rows import empty_in_rows
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MEMORY_BOUND = ("state_update", "causal_conv1d", "causal_conv1d_update", "gated_rmsnorm", "removed_ssm", "step_mixer",
@@ -250,7 +251,7 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
                   seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
     """(y, final_states); see shedder.reference.causal_conv1d."""
-    y = torch.empty_like(x)
+    y = empty_in_rows(x)
     final_states = torch.empty(x.shape[0], x.shape[1], weight.shape[1] - 1, dtype=x.dtype, device=x.device)
     _op("causal_conv1d")(x, weight, bias, silu, initial_states, seq_idx, y, final_states)
     return y, final_states

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shedder import reference
+from shedder.triton_kernels.rows import empty_in_rows
 
 
 def available() -> str | None:
@@ -63,7 +64,7 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
                   seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
     final = torch.zeros(*x.shape[:2], weight.shape[1] - 1, dtype=x.dtype, device=x.device)
-    y = torch.empty_like(x)
+    y = empty_in_rows(x)
     if not y.numel():
         return y, final if initial_states is None else _into(final, initial_states)
     got, states = reference.causal_conv1d(x, weight, bias, "silu" if silu else None,
