@@ -119,6 +119,21 @@ def test_heads_start_anywhere(headdim, dstate, first):
     assert_matches(case)
 
 
+@pytest.mark.parametrize("first", [0, 3, 8])                         # element of a row, of z
+@pytest.mark.parametrize("headdim", [64, 61, 100])
+def test_x_and_z_may_lie_differently(headdim, first):
+    case = inputs(2, 140, 5, headdim, 24, z=True)
+    around = torch.full((2, 140, (5 * headdim + 15) // 8 * 8), torch.nan, dtype=torch.bfloat16, device="cuda")
+    case["z"] = around[..., first:first + 5 * headdim].unflatten(2, (5, headdim)).copy_(case["z"])
+    assert_matches(case)
+
+
+def test_x_of_one_token_may_stand_for_all():
+    case = inputs(2, 140, 5, 24, 24)
+    case["x"] = case["x"][:, :1].expand(2, 140, 5, 24)
+    assert_matches(case)
+
+
 @pytest.mark.parametrize("heads", [70, 75, 80])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_neighbours_share_what_they_read(heads, groups):             # clusters, where heads start anywhere and are many

@@ -1,5 +1,5 @@
-// Rows of C and B that no tensor map reads well, copied as SSD's tiles want them: whole chunks of 64 rows that start at
-// whole lines of L2, zeros beyond the states there are, tokens in the order of the tiles.
+// Rows that no tensor map reads well, copied as it wants them: whole chunks of 64 rows that start with lines of L2, zeros
+// beyond the elements there are. Rows are the states of C and B of a group, or the channels of x and z of a head.
 
 #pragma once
 
@@ -11,15 +11,15 @@ namespace shedder {
 struct SsdAlignOperand {
     const uint16_t *from, *end;                              // end: behind the last element in memory
     int64_t batch, time, group;                              // strides in elements
-    uint4 *to;                                               // (batch, group, token, piece of 8 states)
+    uint4 *to;                                               // pieces of 8 elements
 };
 
 struct SsdAlignParams {
-    SsdAlignOperand operands[2];                             // C, B
-    int length, rows, groups, dstate;                        // rows: whole chunks
-    int pieces, pitch;                                       // written of each row; from row to row
+    SsdAlignOperand operands[2];                             // C, B; or x, z
+    int length, rows, groups, width;                         // rows: whole chunks; width: elements of a row
+    int pieces;                                              // written of each row
+    int64_t to_batch, to_time, to_group;                     // in pieces
     int blocks;                                              // of a batch entry and group
-    bool turns;
     int32_t *tickets;                                        // of ssd_fwd, set to zeros
     int ticket_count;
 };
@@ -38,16 +38,16 @@ __global__ void __launch_bounds__(kAlignThreads) ssd_align(const __grid_constant
     const int piece = threadIdx.x % kLanes;
     const int row0 = blockIdx.x % p.blocks * (kStep * kAlignRows) + threadIdx.x / kLanes;
     if (piece >= p.pieces) return;
-    const int in_row = max(min(p.dstate - piece * 8, 8), 0);
+    const int in_row = max(min(p.width - piece * 8, 8), 0);
     const uint16_t *const from = o.from + batch * o.batch + group * o.group + piece * 8;
-    uint4 *const to = o.to + int64_t{entry} * p.rows * p.pitch + piece;
+    uint4 *const to = o.to + batch * p.to_batch + group * p.to_group + piece;
     uint4 low[kAlignRows] = {}, high[kAlignRows] = {};
     int skew[kAlignRows], count[kAlignRows];
 #pragma unroll
     for (int i = 0; i < kAlignRows; ++i) {
-        const int row = row0 + i * kStep, token = p.turns ? row / 64 * 64 + turned(row % 64) : row;
-        count[i] = token < p.length ? in_row : 0;
-        const uint16_t *const first = from + token * o.time;
+        const int row = row0 + i * kStep;
+        count[i] = row < p.length ? in_row : 0;
+        const uint16_t *const first = from + row * o.time;
         skew[i] = static_cast<int>(reinterpret_cast<uintptr_t>(first) / 2 & 7);
         const uint4 *const words = reinterpret_cast<const uint4 *>(first - skew[i]);
         if (count[i] > 0 && reinterpret_cast<const uint16_t *>(words + 2) <= o.end) {    // with what lies beside them
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kAlignThreads) ssd_align(const __grid_constant
             word &= count[i] >= first + 2 ? 0xffffffffu : count[i] > first ? 0xffffu : 0u;
         };
         keep(v.x, 0), keep(v.y, 2), keep(v.z, 4), keep(v.w, 6);
-        to[int64_t{row} * p.pitch] = v;
+        to[row * p.to_time] = v;
     }
 }
 

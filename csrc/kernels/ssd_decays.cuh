@@ -50,7 +50,6 @@ __device__ __forceinline__ float2 fetch_dt(const SsdParams &p, const SsdSource &
 }
 
 // The decays of a chunk, by one warp.
-template <bool kExtras>
 __device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSource &source, int chunk, int lane,
                                                float2 raw, SsdDecays &to) {
     float dt[2] = {raw.x, raw.y}, decay[2];
@@ -92,25 +91,12 @@ __device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSour
         from_state[i] = run[i] == run_in ? exp2_fast(s[i]) : 0.f;
         to_state[i] = run[i] == run_out ? exp2_fast(total - s[i]) * dt[i] : 0.f;
     }
-    if (kExtras && p.turns) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = turned(2 * lane + i);
-            to.s[row] = s[i];
-            to.columns[row] = s[i] - log2_fast(dt[i]);
-            to.from_state[row] = from_state[i];
-            to.to_state[row] = to_state[i];
-            to.run[row] = 2 * run[i] + shown[i];
-        }
-    } else {
-        reinterpret_cast<float2 *>(to.s)[lane] = {s[0], s[1]};
-        reinterpret_cast<float2 *>(to.columns)[lane] = {s[0] - log2_fast(dt[0]), s[1] - log2_fast(dt[1])};
-        reinterpret_cast<float2 *>(to.anchored)[lane] = {exp2_fast(anchor - s[0]) * dt[0],
-                                                         exp2_fast(anchor - s[1]) * dt[1]};
-        reinterpret_cast<float2 *>(to.from_state)[lane] = {from_state[0], from_state[1]};
-        reinterpret_cast<float2 *>(to.to_state)[lane] = {to_state[0], to_state[1]};
-        reinterpret_cast<int2 *>(to.run)[lane] = {2 * run[0] + shown[0], 2 * run[1] + shown[1]};
-    }
+    reinterpret_cast<float2 *>(to.s)[lane] = {s[0], s[1]};
+    reinterpret_cast<float2 *>(to.columns)[lane] = {s[0] - log2_fast(dt[0]), s[1] - log2_fast(dt[1])};
+    reinterpret_cast<float2 *>(to.anchored)[lane] = {exp2_fast(anchor - s[0]) * dt[0], exp2_fast(anchor - s[1]) * dt[1]};
+    reinterpret_cast<float2 *>(to.from_state)[lane] = {from_state[0], from_state[1]};
+    reinterpret_cast<float2 *>(to.to_state)[lane] = {to_state[0], to_state[1]};
+    reinterpret_cast<int2 *>(to.run)[lane] = {2 * run[0] + shown[0], 2 * run[1] + shown[1]};
     if (lane == 0) to.keep = run_in == run_out ? exp2_fast(total) : 0.f;
 }
 

@@ -20,13 +20,11 @@
 // anywhere, the CTAs of a cluster take neighbouring heads in step, and where these read the same group each brings a
 // share of the rows of B and C into the shared memory of all.
 //
-// A tensor map wants rows and boxes to start at multiples of 16 bytes. B and C that do not (of 32, really) are copied
-// first (ssd_align). Of x and z the columns of a map are all elements between two rows, and a box starts at the 8
-// columns that its first lies in. The rows of all products here are channels, which know nothing of one another: a
-// first channel that lies `first` columns into its box is row `first` of h and y, and what lies behind the 64 columns
-// takes the rows before it. Where a token's pitch is no multiple of 16 bytes, rows are 8 tokens apart and a box holds
-// every eighth token of a chunk: then row 8 a + b of a tile is token 8 b + a, of all tiles. Sums over tokens do not
-// care; channels, which lie otherwise in each of the eight, are moved between lanes.
+// A tensor map wants rows and boxes to start at multiples of 16 bytes. B and C that do not (of 32, really), and x and z
+// whose tokens do not, are copied first (ssd_align). Of x and z the columns of a map are all elements between two
+// tokens, and a box starts at the 8 columns that its first lies in. The rows of all products here are channels, which
+// know nothing of one another: a first channel that lies `first` columns into its box is row `first` of h and y, and
+// what lies behind the 64 columns takes the rows before it.
 //
 // Bound: what the consumer does from one chunk to the next, products, exponentials and conversions
 // (docs/measured-facts.md, SSD).
@@ -83,7 +81,7 @@ __device__ __forceinline__ void weigh_for_state(const uint32_t (&x)[4][4], uint3
         }
 }
 
-// kExtras: z, runs or turns may be given.
+// kExtras: z or runs may be given.
 template <typename Input, int kStates16, bool kExtras>
 __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid_constant__ SsdParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -170,25 +168,11 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
         const bool local = p.segment_chunks > 0 && piece.leaves >= 0;
         const SsdRows rows = rows_of<kExtras>(p, piece.state);
         // Fragments of x or z: channels by tokens.
-        auto load_channels = [&](uint32_t (&to)[4][4], uint32_t tile_at, uint32_t rest_at, int column, int time) {
+        auto load_channels = [&](uint32_t (&to)[4][4], uint32_t tile_at, uint32_t rest_at) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) load_transposed(to[k], tile_at + x_offset + k * 2048);
             const int lane = thread % 32;
-            if (kExtras && rows.moves) {
-                // The 8 channels behind those of this warp, for 32 tokens at a time.
-                const uint32_t next_at = warp < 3 ? tile_at + tile_offset(lane, (warp + 1) * 32) : rest_at + lane * 16;
-                const int next_step = warp < 3 ? 4096 : 512;
-                uint32_t next[2][4];
-#pragma unroll
-                for (int k = 0; k < 2; ++k) load_transposed(next[k], next_at + k * next_step);
-#pragma unroll
-                for (int eight = 0; eight < 8; ++eight) {    // tokens
-                    uint32_t *const own = to[eight / 2] + eight % 2 * 2;
-                    const int by = column + (p.turns ? eight * time : 0) & 7;
-                    own[0] = rows_up(own[0], own[1], by, lane);
-                    own[1] = rows_up(own[1], next[eight / 4][eight % 4], by, lane);
-                }
-            } else if (rows.rest && warp == 0) {             // before the first channel: the last ones
+            if (rows.rest && warp == 0) {                    // before the first channel: the last ones
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     uint32_t rest[4];
@@ -212,7 +196,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 const SsdDecays &decays = decays_of(stage);
                 barrier_wait(full_at + stage * 8, parity);
                 uint32_t weighted[4][4];
-                load_channels(weighted, x_at, rest_of(stage), rows.x, p.x.time);
+                load_channels(weighted, x_at, rest_of(stage));
                 weigh_for_state<Input>(weighted, weighted, decays, q);
                 add_to_state<kStates16, Input>(h, weighted, descriptor(B_at), decays.keep);
                 kept *= decays.keep;
@@ -271,7 +255,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
             const int row = row0 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * q + i % 2;
-            if (kExtras && p.turns ? turned(column) <= turned(row) : column <= row) seen |= 1u << i;
+            if (column <= row) seen |= 1u << i;
         }
         uint32_t S_at = scores_at + tile_offset(warp * 16 + lane % 8 + 8 * (block & 1), (block >> 1) * 16);
         float S[32];
@@ -350,12 +334,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
 #pragma unroll
                 for (int pair = 0; pair <= kBefore; ++pair) store_pair(pair);
             };
-            if (kExtras && p.turns) {
-#pragma unroll
-                for (int pair = 0; pair < 4; ++pair) weigh_masked(pair);
-#pragma unroll
-                for (int pair = 0; pair < 4; ++pair) store_pair(pair);
-            } else if (warp & 2) {
+            if (warp & 2) {
                 if (warp & 1) weigh(std::integral_constant<int, 3>{});
                 else weigh(std::integral_constant<int, 2>{});
             } else {
@@ -384,7 +363,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             add_states(0);
             uint32_t x16[4][4], weighted[4][4];
             if constexpr (kAtOnce) {
-                load_channels(x16, x_at, rest_of(stage), rows.x, p.x.time);
+                load_channels(x16, x_at, rest_of(stage));
                 weigh_for_state<Input>(x16, weighted, decays, q);
             }
             wgmma_wait<0>();
@@ -396,7 +375,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 pin(y);
             }
             if constexpr (!kAtOnce) {
-                load_channels(x16, x_at, rest_of(stage), rows.x, p.x.time);
+                load_channels(x16, x_at, rest_of(stage));
                 weigh_for_state<Input>(x16, weighted, decays, q);
             }
 #pragma unroll
@@ -429,7 +408,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             }
             if (kExtras && p.has_z) {
                 uint32_t z16[4][4];
-                load_channels(z16, x_at + kTileBytes, rest_of(stage) + kRestBytes, rows.z, p.z.time);
+                load_channels(z16, x_at + kTileBytes, rest_of(stage) + kRestBytes);
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
 #pragma unroll

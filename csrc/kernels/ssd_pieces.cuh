@@ -20,10 +20,10 @@ struct SsdStrides {                                          // in elements
     int64_t batch, time, head;                               // or group
 };
 
-// Tensor maps of x or z: (batch, row, column); a row is one token, or the first of 8 tokens.
+// Tensor maps of x or z: (batch, token, column).
 struct SsdOperand {
-    CUtensorMap map[2], rest[2];                             // boxes of 64 columns; of the 8 columns behind them
-    int first, head, time;                                   // columns: of the first token, from head to head, ...
+    CUtensorMap map, rest;                                   // boxes of 64 columns; of the 8 columns behind them
+    int first, head;                                         // columns: of the first head, from head to head
     int batch, batches;                                      // columns between batch entries and 0, or 0 and 1
 };
 
@@ -31,7 +31,6 @@ struct SsdParams {
     CUtensorMap C, B;                                        // (batch, group, row, state): Input; a share of 64 rows
     SsdOperand x, z;                                         // Input; z where has_z
     bool has_z;
-    bool turns;                                              // rows of x and z are 8 tokens apart
     const void *dt;                                          // Input, or float where dt_float
     const float *A, *D, *dt_bias, *initial;                  // all but A may be null; initial as final_states
     const int32_t *runs;                                     // (batch, time), ~run for padding; may be null
@@ -123,10 +122,9 @@ __device__ __forceinline__ bool is_shared(const SsdParams &p, int unit) {
 // first + c, modulo 64.
 struct SsdRows {
     int head, first_channel, channels;
-    int x, z;                                                // columns of the first channel of the first token
+    int x, z;                                                // columns of the first channel; the same modulo 8
     int first;
     bool rest;                                               // channels lie behind the boxes of 64 columns
-    bool moves;                                              // fragments of x and z are moved to their rows
 };
 
 template <bool kExtras>
@@ -142,9 +140,8 @@ __device__ __forceinline__ SsdRows rows_of(const SsdParams &p, int state) {
     };
     rows.x = column_of(p.x);
     rows.z = has_z ? column_of(p.z) : rows.x;
-    rows.moves = kExtras && (p.turns || (rows.x & 7) != (rows.z & 7));
-    rows.first = rows.moves ? 0 : rows.x & 7;
-    rows.rest = kExtras && p.turns || max(rows.x & 7, rows.z & 7) + rows.channels > 64;
+    rows.first = rows.x & 7;
+    rows.rest = rows.first + rows.channels > 64;
     return rows;
 }
 

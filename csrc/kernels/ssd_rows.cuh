@@ -12,9 +12,6 @@
 
 namespace shedder {
 
-// The row of a tile that holds token i of a chunk, and the other way round, where rows come in turns of 8 tokens.
-__host__ __device__ constexpr int turned(int i) { return (i & 7) << 3 | i >> 3; }
-
 // Elements `by` to `by` + 7 of the 16 in a and b; only the lowest three bits of `by` count.
 __device__ __forceinline__ uint4 joined(uint4 a, uint4 b, int by) {
     uint32_t v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
@@ -29,7 +26,7 @@ __device__ __forceinline__ uint4 joined(uint4 a, uint4 b, int by) {
 
 // Pieces of one column of a tile, of every kStep-th row from row0 on, to memory: as many at a time as hide their
 // latency. piece_of(turn, down): of the row that lies `down` bytes below row0, whose swizzle differs by `turn`.
-template <bool kTurns, int kStep, typename PieceOf>
+template <int kStep, typename PieceOf>
 __device__ __forceinline__ void store_column(char *to, int64_t step, int row0, int rows, PieceOf piece_of) {
     constexpr int kCount = 64 / kStep < 8 ? 64 / kStep : 8;
     const auto store = [&](auto all) {
@@ -38,7 +35,7 @@ __device__ __forceinline__ void store_column(char *to, int64_t step, int row0, i
             decltype(piece_of(0, 0)) v[kCount];
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {               // bits of row0 or of what is added, none of both
-                const int row = kTurns ? turned(first + i * kStep) : first + i * kStep;
+                const int row = first + i * kStep;
                 v[i] = piece_of((row & 7) << 4, row * 128);
             }
 #pragma unroll
@@ -63,13 +60,12 @@ __device__ __forceinline__ void store_pieces(char *y, int64_t stride, const char
     const int byte = at_byte < first * 2 ? at_byte + 128 : at_byte;          // behind column 63 comes column 0
     if ((first + channels) * 2 <= byte) return;
     const uint32_t at = tile_offset(row0, at_byte);
-    store_column<false, kStep>(y + row0 * stride + byte, kStep * stride, row0, rows, [&](uint32_t turn, uint32_t down) {
+    store_column<kStep>(y + row0 * stride + byte, kStep * stride, row0, rows, [&](uint32_t turn, uint32_t down) {
         return *reinterpret_cast<const Piece *>(tile + (at ^ turn) + down);
     });
 }
 
 // Words of memory, and halves of words at the ends of rows.
-template <bool kTurns>
 __device__ __forceinline__ void store_words(char *y, int64_t stride, const char *tile, int first, int rows,
                                             int channels, unsigned thread) {
     const auto halves_before = [](const char *row) {
@@ -78,26 +74,26 @@ __device__ __forceinline__ void store_words(char *y, int64_t stride, const char 
     const int lane = thread % 32, row0 = thread / 32;        // every second row, so that words lie alike in all
     const int channel = 2 * lane - halves_before(y + row0 * stride);         // the first of this lane's word
     if (0 <= channel && channel + 2 <= channels) {
-        const int tile_row = kTurns ? turned(row0) : row0, word = (first + channel) / 2;
-        const uint32_t low = tile_offset(tile_row, word % 32 * 4), high = tile_offset(tile_row, (word + 1) % 32 * 4);
+        const int word = (first + channel) / 2;
+        const uint32_t low = tile_offset(row0, word % 32 * 4), high = tile_offset(row0, (word + 1) % 32 * 4);
         char *const to = y + row0 * stride + channel * 2;
         const auto load = [&](uint32_t at, uint32_t turn, uint32_t down) {
             return *reinterpret_cast<const uint32_t *>(tile + (at ^ turn) + down);
         };
         if (first + channel & 1)                             // the same for all lanes
-            store_column<kTurns, 2>(to, 2 * stride, row0, rows, [&](uint32_t turn, uint32_t down) {
+            store_column<2>(to, 2 * stride, row0, rows, [&](uint32_t turn, uint32_t down) {
                 return __funnelshift_r(load(low, turn, down), load(high, turn, down), 16);
             });
         else
-            store_column<kTurns, 2>(to, 2 * stride, row0, rows,
-                                    [&](uint32_t turn, uint32_t down) { return load(low, turn, down); });
+            store_column<2>(to, 2 * stride, row0, rows,
+                            [&](uint32_t turn, uint32_t down) { return load(low, turn, down); });
     }
     const int token = static_cast<int>(thread);
     if (token >= rows) return;
     char *const row = y + token * stride;
     const auto store_half = [&](int channel) {
         *reinterpret_cast<uint16_t *>(row + channel * 2) = *reinterpret_cast<const uint16_t *>(
-            tile + tile_offset(kTurns ? turned(token) : token, (first + channel & 63) * 2));
+            tile + tile_offset(token, (first + channel & 63) * 2));
     };
     const int before = halves_before(row);
     if (before) store_half(0);
@@ -106,14 +102,13 @@ __device__ __forceinline__ void store_words(char *y, int64_t stride, const char 
 
 // 64 threads store `rows` rows of `channels` elements, `stride` bytes apart; channel c lies in column first + c, modulo
 // 64.
-template <bool kTurns>
 __device__ __forceinline__ void store_rows(char *y, int64_t stride, const char *tile, int first, int rows, int channels,
                                            unsigned thread) {
     char *const column0 = y - first * 2;
     // Bits of what a piece must divide.
     const unsigned apart = static_cast<unsigned>(stride) | static_cast<unsigned>(reinterpret_cast<uintptr_t>(column0))
         | static_cast<unsigned>(first * 2 | channels * 2);
-    if (kTurns || apart % 4 != 0) store_words<kTurns>(y, stride, tile, first, rows, channels, thread);
+    if (apart % 4 != 0) store_words(y, stride, tile, first, rows, channels, thread);
     else if (apart % 16 == 0) store_pieces<16>(column0, stride, tile, first, rows, channels, thread);
     else if (apart % 8 == 0) store_pieces<8>(column0, stride, tile, first, rows, channels, thread);
     else store_pieces<4>(column0, stride, tile, first, rows, channels, thread);

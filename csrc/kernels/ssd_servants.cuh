@@ -48,7 +48,6 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
     const bool copies = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == kCopyWarp;
     const int lane = threadIdx.x % 32;
     const bool has_z = kExtras && p.has_z;
-    const int turns = kExtras && p.turns ? 8 : 1, remainder = kExtras && p.turns ? p.length % 8 : 1;
     const uint32_t full_at = shared_at + Shared::kBarriers, empty_at = full_at + kStages * 8;
     int stage = 0;
     uint32_t parity = 1;
@@ -90,21 +89,13 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
 #pragma unroll 1
                     for (int operand = 0; operand < operands; ++operand) {
                         const SsdOperand &from = operand == 0 ? p.x : p.z;
-                        int column = operand == 0 ? rows.x : rows.z;
-#pragma unroll 1
-                        for (int turn = 0; turn < turns; ++turn) {
-                            const bool fewer = turn >= remainder;      // of these tokens than of the first of 8
-                            const int row = chunk * (kChunk / turns) + (fewer && p.length < 8);    // 1: none
-                            const int entry = batch * from.batches;
-                            copy_box(x_at + operand * kTileBytes + turn * 1024, &from.map[fewer], column & ~7, row,
-                                     entry, full);
-                            if (chunk + 1 < piece.last)      // the next one into L2
-                                prefetch_box(&from.map[fewer], column & ~7, row + kChunk / turns, entry);
-                            if (rows.rest)
-                                copy_box(rest_at + operand * kRestBytes + turn * 128, &from.rest[fewer],
-                                         (column & ~7) + 64, row, entry, full);
-                            column += from.time;
-                        }
+                        const int column = (operand == 0 ? rows.x : rows.z) & ~7, entry = batch * from.batches;
+                        copy_box(x_at + operand * kTileBytes, &from.map, column, chunk * kChunk, entry, full);
+                        if (chunk + 1 < piece.last)          // the next one into L2
+                            prefetch_box(&from.map, column, (chunk + 1) * kChunk, entry);
+                        if (rows.rest)
+                            copy_box(rest_at + operand * kRestBytes, &from.rest, column + 64, chunk * kChunk, entry,
+                                     full);
                     }
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
@@ -121,8 +112,8 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
                 for (int chunk = piece.first; chunk < piece.last; ++chunk) {
                     const float2 dt = fetch_dt<Input>(p, source, chunk, lane);
                     barrier_wait(empty_at + stage * 8, parity);
-                    prepare_decays<kExtras>(p, source, chunk, lane, dt,
-                                            reinterpret_cast<SsdDecays *>(shared + Shared::kDecays)[stage]);
+                    prepare_decays(p, source, chunk, lane, dt,
+                                   reinterpret_cast<SsdDecays *>(shared + Shared::kDecays)[stage]);
                     __syncwarp();
                     if (lane == 0) barrier_arrive(full_at + stage * 8);
                     if (++stage == kStages) stage = 0, parity ^= 1;
@@ -154,8 +145,7 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
             barrier_arrive_at<kYTaken>();
             barrier_sync_at<kYThere>();
             const int count = min(p.length - chunk * kChunk, kChunk);
-            if (kExtras && p.turns) store_rows<true>(y, stride, from, rows.first, count, rows.channels, thread);
-            else store_rows<false>(y, stride, from, rows.first, count, rows.channels, thread);
+            store_rows(y, stride, from, rows.first, count, rows.channels, thread);
             y += kChunk * stride;
             if constexpr (kExtras) {
                 __syncwarp();

@@ -207,10 +207,6 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t addre
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
-// Of a block whose rows lie 4 lanes apart: row r becomes what was row r + by, by < 8; `next` has the 8 rows behind.
-__device__ __forceinline__ uint32_t rows_up(uint32_t own, uint32_t next, int by, int lane) {
-    return __shfl_sync(0xffffffffu, lane / 4 >= by ? own : next, lane + 4 * by);
-}
 __device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");

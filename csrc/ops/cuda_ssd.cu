@@ -63,13 +63,64 @@ CUtensorMap states_map(const char *name, ScalarType dtype, uint64_t address, int
     return tensor_map(name, dtype, address, 4, sizes, strides, box);
 }
 
-// The maps of C and B, or of copies of them; these are returned, for torch to free in stream order. Sets the tickets to
-// zeros on the way.
-MaybeTensor make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int64_t columns, int64_t ticket_count,
-                             cudaStream_t stream) {
+// Copies by ssd_align of tensors (batch, time, group or head, element) of the same shape, one behind another: of each row
+// so many columns, zeros where there is no element.
+struct AlignedCopies {
+    Tensor memory;                                           // for torch to free in stream order
+    int64_t rows;                                            // whole chunks
+    int64_t of_batch, of_time, of_group, elements;           // strides; of a copy
+
+    uint64_t address(int copy) const { return address_of(memory) + copy * elements * 2; }
+};
+
+AlignedCopies align(std::initializer_list<const Tensor *> tensors, int64_t columns, bool groups_apart, int32_t *tickets,
+                    int64_t ticket_count, cudaStream_t stream) {
+    const Tensor &like = **tensors.begin();
+    const int64_t batch = like.size(0), length = like.size(1), groups = like.size(2);
+    const int64_t rows = (length + kChunk - 1) / kChunk * kChunk;
+    const int64_t pitch = (columns + 63) / 64 * 64;          // whole lines of L2
+    const int64_t of_time = groups_apart ? pitch : groups * pitch, of_group = groups_apart ? rows * pitch : pitch;
+    const int64_t of_batch = rows * groups * pitch, elements = batch * of_batch;
+    AlignedCopies copies{torch::stable::new_empty(like, {static_cast<int64_t>(tensors.size()), elements}), rows,
+                         of_batch, of_time, of_group, elements};
+    SsdAlignParams a{};
+    SsdAlignOperand *next = a.operands;
+    uint4 *to = static_cast<uint4 *>(copies.memory.mutable_data_ptr());
+    for (const Tensor *t : tensors) {
+        SsdAlignOperand &o = *next++;
+        o = {static_cast<const uint16_t *>(t->const_data_ptr()), nullptr, t->stride(0), t->stride(1), t->stride(2), to};
+        o.end = o.from + t->size(3);
+        for (int i = 0; i < 3; ++i) o.end += (t->size(i) - 1) * t->stride(i);
+        to += elements / 8;
+    }
+    a.length = static_cast<int>(length);
+    a.rows = static_cast<int>(rows);
+    a.groups = static_cast<int>(groups);
+    a.width = static_cast<int>(like.size(3));
+    a.pieces = static_cast<int>(columns / 8);
+    a.to_batch = of_batch / 8;
+    a.to_time = of_time / 8;
+    a.to_group = of_group / 8;
+    a.tickets = tickets;
+    a.ticket_count = static_cast<int>(ticket_count);
+    auto start = [&](auto kernel, int lanes) {
+        const int64_t in_block = kAlignThreads / lanes * kAlignRows;
+        a.blocks = static_cast<int>((rows + in_block - 1) / in_block);
+        const dim3 grid(blocks_for("ssd", batch * groups * a.blocks, 1), static_cast<unsigned>(tensors.size()));
+        kernel<<<grid, kAlignThreads, 0, stream>>>(a);
+    };
+    if (columns <= 64) start(ssd_align<8>, 8);
+    else if (columns <= 128) start(ssd_align<16>, 16);
+    else start(ssd_align<32>, 32);
+    return copies;
+}
+
+// The maps of C and B, or of copies of them, which are returned. Sets the tickets to zeros on the way.
+std::optional<AlignedCopies> make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int64_t columns,
+                                              int64_t ticket_count, cudaStream_t stream) {
     const int64_t batch = B.size(0), length = B.size(1), groups = B.size(2);
     // 32 bytes are a sector of L2: boxes whose rows start between two of them read a quarter more.
-    if (!p.turns && is_aligned(B, 32) && is_aligned(C, 32)) {
+    if (is_aligned(B, 32) && is_aligned(C, 32)) {
         auto map = [&](const char *name, const Tensor &t) {
             return states_map(name, t.scalar_type(), address_of(t), p.cluster, batch, length, groups, p.dstate,
                               t.stride(0), t.stride(1), t.stride(2));
@@ -79,83 +130,73 @@ MaybeTensor make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int
         if (ticket_count > 0) cudaMemsetAsync(p.tickets, 0, ticket_count * sizeof(int32_t), stream);
         return std::nullopt;
     }
-    const int64_t rows = (length + kChunk - 1) / kChunk * kChunk;
-    const int64_t pitch = (columns + 63) / 64 * 64;          // whole lines of L2
-    const int64_t of_group = rows * pitch, of_batch = groups * of_group, elements = batch * of_batch;
-    const Tensor aligned = torch::stable::new_empty(B, {2, elements});
-    uint4 *to = static_cast<uint4 *>(aligned.mutable_data_ptr());
-    auto operand = [&](const Tensor &t) {
-        SsdAlignOperand o{static_cast<const uint16_t *>(t.const_data_ptr()), nullptr, t.stride(0), t.stride(1),
-                          t.stride(2), to};
-        o.end = o.from + p.dstate;
-        for (int i = 0; i < 3; ++i) o.end += (t.size(i) - 1) * t.stride(i);
-        to += elements / 8;
-        return o;
+    const AlignedCopies copies = align({&C, &B}, columns, true, p.tickets, ticket_count, stream);
+    auto map = [&](const char *name, int copy) {
+        return states_map(name, B.scalar_type(), copies.address(copy), p.cluster, batch, copies.rows, groups, columns,
+                          copies.of_batch, copies.of_time, copies.of_group);
     };
-    SsdAlignParams a{};
-    a.operands[0] = operand(C);
-    a.operands[1] = operand(B);
-    a.length = p.length;
-    a.rows = static_cast<int>(rows);
-    a.groups = static_cast<int>(groups);
-    a.dstate = p.dstate;
-    a.pieces = static_cast<int>(columns / 8);
-    a.pitch = static_cast<int>(pitch / 8);
-    a.turns = p.turns;
-    a.tickets = p.tickets;
-    a.ticket_count = static_cast<int>(ticket_count);
-    auto start = [&](auto kernel, int lanes) {
-        const int64_t in_block = kAlignThreads / lanes * kAlignRows;
-        a.blocks = static_cast<int>((rows + in_block - 1) / in_block);
-        kernel<<<dim3(static_cast<unsigned>(batch * groups * a.blocks), 2), kAlignThreads, 0, stream>>>(a);
-    };
-    if (columns <= 128) start(ssd_align<16>, 16);
-    else start(ssd_align<32>, 32);
-    auto map = [&](const char *name, uint64_t address) {
-        return states_map(name, B.scalar_type(), address, p.cluster, batch, rows, groups, columns, of_batch, pitch,
-                          of_group);
-    };
-    const uint64_t address = address_of(aligned);
-    p.C = map("C", address);
-    p.B = map("B", address + elements * 2);
-    return aligned;
+    p.C = map("C", 0);
+    p.B = map("B", 1);
+    return copies;
 }
 
-// A row of the first map is a token and the `turns` - 1 before the next row's. Where the last row has fewer, the second
-// map is without it: so the last column of the last row is the tensor's last element, and nothing behind it is read.
-SsdOperand operand(const Tensor &t, const char *name, int64_t turns) {
-    const int64_t batch = t.size(0), length = t.size(1), heads = t.size(2), width = t.size(3);
-    const int64_t of_batch = batch > 1 ? t.stride(0) : 0, of_head = heads > 1 ? t.stride(2) : 0;
-    const int64_t of_time = length > 1 ? t.stride(1) : 8;
+// The last column of the last row is the tensor's last element: nothing behind it is read.
+SsdOperand operand(const char *name, ScalarType dtype, uint64_t address, int64_t batch, int64_t rows, int64_t heads,
+                   int64_t width, int64_t of_batch, int64_t of_time, int64_t of_head) {
+    if (batch == 1) of_batch = 0;
+    if (heads == 1) of_head = 0;
+    if (rows == 1) of_time = 8;
     const bool by_batch = of_batch % 8 == 0;
-    const uint64_t first = address_of(t) % 16 / 2, address = address_of(t) - first * 2;
+    const uint64_t first = address % 16 / 2;
+    const uint64_t columns = first + (by_batch ? 0 : (batch - 1) * of_batch) + (heads - 1) * of_head + width;
+    STD_TORCH_CHECK(columns + of_time < uint64_t{1} << 31, "shedder_cuda::ssd: the heads of ", name,
+                    " (or its batch entries, off 16 bytes) spread over 2^31 elements");
+    const uint64_t sizes[3] = {columns, static_cast<uint64_t>(rows), static_cast<uint64_t>(by_batch ? batch : 1)};
+    const uint64_t strides[2] = {static_cast<uint64_t>(of_time) * 2,
+                                 by_batch && of_batch > 0 ? static_cast<uint64_t>(of_batch) * 2 : 16};
+    const uint32_t box[3] = {64, kChunk, 1}, rest[3] = {8, kChunk, 1};
     SsdOperand o{};
-    for (const int fewer : {0, 1}) {
-        const int64_t rows = fewer ? length / turns : (length + turns - 1) / turns;
-        const int64_t last = fewer ? turns - 1 : (length - 1) % turns;       // token of the last row
-        if (fewer && (rows == 0 || length % turns == 0)) {
-            o.map[1] = o.map[0];
-            o.rest[1] = o.rest[0];
-            break;
-        }
-        const uint64_t columns =
-            first + (by_batch ? 0 : (batch - 1) * of_batch) + (heads - 1) * of_head + last * of_time + width;
-        STD_TORCH_CHECK(columns + turns * of_time < uint64_t{1} << 31, "shedder_cuda::ssd: the heads of ", name,
-                        " (or its batch entries, off 16 bytes) spread over 2^31 elements");
-        const uint64_t sizes[3] = {columns, static_cast<uint64_t>(rows), static_cast<uint64_t>(by_batch ? batch : 1)};
-        const uint64_t strides[2] = {static_cast<uint64_t>(turns * of_time) * 2,
-                                     by_batch && of_batch > 0 ? static_cast<uint64_t>(of_batch) * 2 : 16};
-        const uint32_t box_rows = static_cast<uint32_t>(kChunk / turns), box[3] = {64, box_rows, 1},
-                       rest[3] = {8, box_rows, 1};
-        o.map[fewer] = tensor_map(name, t.scalar_type(), address, 3, sizes, strides, box);
-        o.rest[fewer] = tensor_map(name, t.scalar_type(), address, 3, sizes, strides, rest);
-    }
+    o.map = tensor_map(name, dtype, address - first * 2, 3, sizes, strides, box);
+    o.rest = tensor_map(name, dtype, address - first * 2, 3, sizes, strides, rest);
     o.first = static_cast<int>(first);
     o.head = static_cast<int>(of_head);
-    o.time = static_cast<int>(of_time);
     o.batch = by_batch ? 0 : static_cast<int>(of_batch);
     o.batches = by_batch && of_batch > 0;
     return o;
+}
+
+// Whether the channels of both lie alike against the grid of 16 bytes.
+bool lie_alike(const Tensor &x, const Tensor &z) {
+    uint64_t bits = address_of(x) - address_of(z);
+    for (int i : {0, 2})
+        if (x.size(i) > 1) bits |= static_cast<uint64_t>(x.stride(i) - z.stride(i)) * 2;
+    return bits % 16 == 0;
+}
+
+// The maps of x and z, or of copies of them, which are returned.
+std::optional<AlignedCopies> make_channel_maps(SsdParams &p, const Tensor &x, const MaybeTensor &z,
+                                               cudaStream_t stream) {
+    auto fits = [](const Tensor &t) { return t.size(1) == 1 || (t.stride(1) % 8 == 0 && t.stride(1) > 0); };
+    const int64_t batch = x.size(0), heads = x.size(2);
+    if (fits(x) && (!z || (fits(*z) && lie_alike(x, *z)))) {
+        auto map = [&](const char *name, const Tensor &t) {
+            return operand(name, t.scalar_type(), address_of(t), batch, t.size(1), heads, t.size(3), t.stride(0),
+                           t.stride(1), t.stride(2));
+        };
+        p.x = map("x", x);
+        if (z) p.z = map("z", *z);
+        return std::nullopt;
+    }
+    const int64_t columns = (x.size(3) + 7) / 8 * 8;
+    const AlignedCopies copies = z ? align({&x, &*z}, columns, false, nullptr, 0, stream)
+                                   : align({&x}, columns, false, nullptr, 0, stream);
+    auto map = [&](const char *name, int copy) {
+        return operand(name, x.scalar_type(), copies.address(copy), batch, copies.rows, heads, columns, copies.of_batch,
+                       copies.of_time, copies.of_group);
+    };
+    p.x = map("x", 0);
+    if (z) p.z = map("z", 1);
+    return copies;
 }
 
 // Whether this device runs ssd_fwd: its instructions are those of compute capability 9.0 alone.
@@ -233,7 +274,7 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
         p.tickets = static_cast<int32_t *>(tickets->mutable_data_ptr());
     }
     // Right before the kernel that may start with it.
-    const MaybeTensor aligned = make_states_maps(p, B, C, kStates16 * 16, places > 0 ? 1 + places : 0, stream);
+    const auto aligned = make_states_maps(p, B, C, kStates16 * 16, places > 0 ? 1 + places : 0, stream);
     cudaLaunchConfig_t config{};
     config.gridDim = static_cast<unsigned>(p.clusters * p.cluster);
     config.blockDim = 256;
@@ -251,7 +292,7 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
 
 template <typename Input, int kStates16>
 void launch(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
-    if (p.has_z || p.runs != nullptr || p.turns) launch_with<Input, kStates16, true>(p, B, C, segments, stream);
+    if (p.has_z || p.runs != nullptr) launch_with<Input, kStates16, true>(p, B, C, segments, stream);
     else launch_with<Input, kStates16, false>(p, B, C, segments, stream);
 }
 
@@ -287,15 +328,12 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
                                               head_to_group, initial_states, runs, y, final_states);
     if (sizes.states() == 0 || sizes.length == 0) return;
 
-    auto pitch_fits = [](const Tensor &t) { return t.size(1) == 1 || t.stride(1) % 8 == 0; };
-    p.turns = !pitch_fits(x) || (z && !pitch_fits(*z));
-    p.x = operand(x, "x", p.turns ? 8 : 1);
-    if (z) p.z = operand(*z, "z", p.turns ? 8 : 1);
     p.has_z = z.has_value();
     p.states = static_cast<int>(sizes.states());
-    p.cluster = best_cluster(p, x, z);
     arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
         using Input = std::remove_pointer_t<decltype(type)>;
+        const auto copies = make_channel_maps(p, x, z, stream);
+        p.cluster = copies ? 1 : best_cluster(p, x, z);
         if constexpr (sizeof(Input) == 2) launch_for_states<Input>(p, B, C, segments, stream);     // as checked above
     });
 }
