@@ -1,5 +1,5 @@
-// Rows that no tensor map reads well, copied as it wants them: whole chunks of 64 rows that start with lines of L2, zeros
-// beyond the elements there are. Rows are the states of C and B of a group, or the channels of x and z of a head.
+// Rows that no tensor map reads well, copied as it wants them: whole chunks of 64 rows that start with lines of L2,
+// zeros beyond the elements there are. Rows are the states of C and B of a group, or the channels of x and z of a head.
 
 #pragma once
 

@@ -93,7 +93,8 @@ __device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSour
     }
     reinterpret_cast<float2 *>(to.s)[lane] = {s[0], s[1]};
     reinterpret_cast<float2 *>(to.columns)[lane] = {s[0] - log2_fast(dt[0]), s[1] - log2_fast(dt[1])};
-    reinterpret_cast<float2 *>(to.anchored)[lane] = {exp2_fast(anchor - s[0]) * dt[0], exp2_fast(anchor - s[1]) * dt[1]};
+    reinterpret_cast<float2 *>(to.anchored)[lane] = {exp2_fast(anchor - s[0]) * dt[0],
+                                                     exp2_fast(anchor - s[1]) * dt[1]};
     reinterpret_cast<float2 *>(to.from_state)[lane] = {from_state[0], from_state[1]};
     reinterpret_cast<float2 *>(to.to_state)[lane] = {to_state[0], to_state[1]};
     reinterpret_cast<int2 *>(to.run)[lane] = {2 * run[0] + shown[0], 2 * run[1] + shown[1]};

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
-#include "kernels/causal_conv1d.cuh"
+#include "kernels/causal_conv1d_any.cuh"
+#include "kernels/causal_conv1d_channels.cuh"
+#include "kernels/causal_conv1d_time.cuh"
 #include "ops/cuda_conv_step.h"
 #include "ops/cuda_launchers.h"
 
