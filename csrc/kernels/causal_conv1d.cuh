@@ -2,7 +2,7 @@
 //
 //   y[c,t] = act(bias[c] + sum_w weight[c,w] x[c, t - (W-1) + w])
 //
-// causal_conv1d_channels where channels are adjacent in memory, causal_conv1d_time where time is, else causal_conv1d_any.
+// causal_conv1d_channels: where channels are adjacent in memory; causal_conv1d_time: where time is; causal_conv1d_any.
 // Bound: bytes of x and y.
 
 #pragma once
