@@ -2,11 +2,13 @@
 //
 //   y[c,t] = act(bias[c] + sum_w weight[c,w] x[c, t - (W-1) + w])
 //
-// causal_conv1d_channels: where channels are adjacent in memory; causal_conv1d_time: where time is; causal_conv1d_any.
+// Its kernels: causal_conv1d_channels where channels are adjacent in memory, causal_conv1d_time where time is, and
+// causal_conv1d_any.
 // Bound: bytes of x and y.
 
 #pragma once
 
+#include "kernels/conv_parts.cuh"
 #include "kernels/pointwise.cuh"
 #include "kernels/row_vectors.cuh"
 
@@ -27,13 +29,7 @@ struct CausalConv1dParams {
     int channels, length;
     int width, steps;                                        // steps: tokens that one thread or warp walks over
     bool silu;
-    // The columns of y: the first `whole` channels lie side by side; from column parts_at on parts of `part` channels
-    // each, whose first ones are part_pitch columns apart.
-    int whole, part, parts_at, part_pitch;
-    __device__ int column(int channel) const {
-        const int behind = channel - whole;
-        return behind < 0 ? channel : parts_at + behind / part * part_pitch + behind % part;
-    }
+    ConvParts parts;                                         // of y
 };
 
 constexpr int kConvThreads = 128;

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_any(const __grid_c
         window[k + 1] = to_float(conv_input<T>(p, b, c, start - kHistory + k));
         if (packed) names[k + 1] = conv_sequence(p, b, start - kHistory + k);
     }
-    T *y = static_cast<T *>(p.y) + b * p.y_strides.batch + p.column(c) * p.y_strides.channel;
+    T *y = static_cast<T *>(p.y) + b * p.y_strides.batch + p.parts.column(c) * p.y_strides.channel;
     for (int t = start; t < end; ++t) {
 #pragma unroll
         for (int k = 0; k < kHistory; ++k) {

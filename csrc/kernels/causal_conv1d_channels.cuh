@@ -51,12 +51,12 @@ struct ChannelRows {
 };
 
 // CTAs of a multiprocessor, without spills.
-template <typename T, bool kOnGrid, bool kFull, bool kPacked>
+template <typename T, bool kFull, bool kPacked>
 constexpr int kChannelsCtas = kFull && !kPacked && sizeof(T) == 2 ? 5 : 4;
 
-// Rows of y lie on the grid of 16-byte accesses; kOnGrid: those of x too.
+// Rows of y lie on the grid of a lane's words; kOnGrid: those of x on that of 16-byte pieces.
 template <typename T, bool kOnGrid, bool kFull, bool kPacked>
-__global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kOnGrid, kFull, kPacked>) causal_conv1d_channels(
+__global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kFull, kPacked>) causal_conv1d_channels(
     const __grid_constant__ CausalConv1dParams p) {
     using Rows = ChannelRows<T, kOnGrid>;
     constexpr int kCount = kLaneChannels, kGroup = Rows::kGroup, kAhead = Rows::kAhead;
@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kOnGrid, kFull,
     }
 
     // Whether this lane's channels exist and are a vector of y.
-    const int column = p.column(own);
+    const int column = p.parts.column(own);
     const bool adjacent =
-        own + kCount <= p.channels && column % kCount == 0 && p.column(own + kCount - 1) == column + kCount - 1;
+        own + kCount <= p.channels && column % kCount == 0 && p.parts.column(own + kCount - 1) == column + kCount - 1;
     T *to = static_cast<T *>(p.y) + b * p.y_strides.batch + start * p.y_strides.time;
     const char *read = row;                                  // of token t; only its low bits count
     for (int slot = 0; t < end; t += kGroup, slot = slot + 1 == kAhead ? 0 : slot + 1) {
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kOnGrid, kFull,
         if (!adjacent) {
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                T *const at = to + p.column(own + i);
+                T *const at = to + p.parts.column(own + i);
 #pragma unroll
                 for (int s = 0; s < kGroup; ++s)
                     if (t + s < end && own + i < p.channels) at[s * p.y_strides.time] = outputs[s].at[i];

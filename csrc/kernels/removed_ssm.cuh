@@ -4,9 +4,9 @@
 //
 // A CTA owns all channels of a run of tokens and walks along time, two tokens at a turn; a thread owns 16 bytes of
 // channels of one segment of the norm. What the inputs so far add to the next three outputs is carried in registers
-// (causal_conv1d_channels.cuh), other numbers of a channel in shared memory, so that no register is spilled. Tokens on their way
-// wait in a ring in shared memory, of which each thread fills and reads its own words only, so that they need neither
-// registers nor barriers. Half of the lanes sum up the one token, half the other: one barrier for both.
+// (causal_conv1d_channels.cuh), other numbers of a channel in shared memory, so that no register is spilled. Tokens on
+// their way wait in a ring in shared memory, of which each thread fills and reads its own words only, so that they need
+// neither registers nor barriers. Half of the lanes sum up the one token, half the other: one barrier for both.
 // Bound: bytes of x, z and y.
 
 #pragma once

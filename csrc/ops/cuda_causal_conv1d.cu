@@ -116,10 +116,7 @@ void causal_conv1d_to_parts(const Tensor &x, const Tensor &weight, const MaybeTe
                             Tensor final_states, const ConvParts &parts) {
     const Arguments arguments{"causal_conv1d", x.get_device_index()};
     CausalConv1dParams p = conv_params(arguments, x, weight, bias, silu, y);
-    p.whole = static_cast<int>(parts.whole);
-    p.part = static_cast<int>(parts.part);
-    p.parts_at = static_cast<int>(parts.at);
-    p.part_pitch = static_cast<int>(parts.pitch);
+    p.parts = parts;
     const int64_t history = p.width - 1;
     arguments.check(final_states, "final_states", x.scalar_type(), {p.batch, p.channels, history});
     STD_TORCH_CHECK(final_states.is_contiguous(), "shedder_cuda::causal_conv1d: final_states is not contiguous");

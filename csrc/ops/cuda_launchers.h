@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "kernels/conv_parts.cuh"
 #include "ops/cuda_common.h"
 
 namespace shedder {
@@ -38,12 +39,7 @@ void causal_conv1d(const Tensor &x, const Tensor &weight, const std::optional<Te
                    const std::optional<Tensor> &initial_states, const std::optional<Tensor> &seq_idx, Tensor y,
                    Tensor final_states);
 
-// Channels of y that lie apart: behind the first `whole` ones, from column `at` on, parts of `part` channels whose first
-// are `pitch` columns apart.
-struct ConvParts {
-    int64_t whole, part, at, pitch;
-};
-// y is (batch, channels, length) with channels adjacent but for the gaps.
+// y is (batch, channels, length) with channels adjacent but for the gaps between parts.
 void causal_conv1d_to_parts(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, bool silu,
                             const std::optional<Tensor> &initial_states, const std::optional<Tensor> &seq_idx, Tensor y,
                             Tensor final_states, const ConvParts &parts);

@@ -188,7 +188,8 @@ Outputs mamba_split_conv1d_scan_combined(const Tensor &zxbcdt, const Tensor &con
                                silu, std::nullopt, std::nullopt,
                                view(xBC, 0, {batch, channels, length}, {length * pitch, 1, pitch}),
                                empty(zxbcdt, dtype, {batch, channels, conv_weight.size(1) - 1}),
-                               {inner, dstate, states_at, of_group});
+                               {static_cast<int>(inner), static_cast<int>(dstate), static_cast<int>(states_at),
+                                static_cast<int>(of_group)});
 
         const auto of_groups = [&](int64_t first) {
             return view(xBC, first, {batch, length, groups, dstate}, {length * pitch, pitch, of_group, 1});
@@ -200,8 +201,8 @@ Outputs mamba_split_conv1d_scan_combined(const Tensor &zxbcdt, const Tensor &con
         const Tensor final_states = empty(zxbcdt, ScalarType::Float, {batch, heads, headdim, dstate});
         ssd(view(xBC, 0, by_head, {length * pitch, pitch, headdim, 1}),
             view(zxbcdt, inner + channels, {batch, length, heads}, {entry, row, 1}), as_float(A),
-            of_groups(states_at), of_groups(states_at + groups * of_group), MaybeTensor(as_float(D)), z, as_float(dt_bias), true, dt_min,
-            dt_max, head_to_group, initial_states, std::nullopt, y, final_states, 0);
+            of_groups(states_at), of_groups(states_at + groups * of_group), MaybeTensor(as_float(D)), z,
+            as_float(dt_bias), true, dt_min, dt_max, head_to_group, initial_states, std::nullopt, y, final_states, 0);
 
         Tensor out = view(y, 0, {batch, length, inner}, {length * inner, inner, 1});
         if (norm_weight) {
