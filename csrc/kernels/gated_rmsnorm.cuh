@@ -7,8 +7,9 @@
 // segment in each row, kVectors times 16 bytes for a lane, so that weights stay in registers; the next row is on its
 // way while this one is reduced, and between the sum and the scaling a row lives in registers. Each group has one
 // partial sum.
-// Rows and segments off the 16-byte grid: the launcher makes the distance between a CTA's rows a multiple of 16 bytes,
-// so that they all lie alike, and the groups of a segment start at the grid point at or before it.
+// Rows and segments off the 16-byte grid: the launcher makes the distance between a CTA's rows a multiple of 32 bytes,
+// so that they all lie alike, and the groups of a segment start at the sector of L2 that its first channel lies in: a
+// sector that two warps share would be read, and written in part, by both.
 // Bound: bytes of x, z and y.
 
 #pragma once
@@ -29,7 +30,7 @@ struct GatedRMSNormParams {
     Parameter weight, bias;
     int64_t weight_stride, bias_stride, x_row_stride, z_row_stride;
     int64_t rows, inner_rows;                                // inner: whose words of the grid lie within x and z
-    int width, segments;
+    int width, segments, step;                               // step: columns of memory that a segment's groups start at
     int bounds[kMaxSegments + 1];                            // columns bounds[s] .. bounds[s+1]-1 are segment s
     int groups[kMaxSegments + 1];                            // and groups[s] .. groups[s+1]-1 own them
     float inverse[kMaxSegments], eps[kMaxSegments];          // 1 / channels, and eps, of each segment
@@ -58,7 +59,10 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
         segment[v] = s;
         const int begin = p.bounds[s], end = p.bounds[s + 1];
         column[v] = begin + ((group - p.groups[s]) * kLanes + lane % kLanes) * kCount;
-        if (kGrid != Grid::kWhole) column[v] -= columns_off_grid<T, kCount>(y + blockIdx.x * int64_t{p.width} + begin);
+        if (kGrid != Grid::kWhole) {
+            const uintptr_t first = reinterpret_cast<uintptr_t>(y + blockIdx.x * int64_t{p.width} + begin);
+            column[v] -= static_cast<int>(first / sizeof(T)) & (p.step - 1);
+        }
         own[v] = 0;
 #pragma unroll
         for (int i = 0; i < kCount; ++i)

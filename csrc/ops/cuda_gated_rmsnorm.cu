@@ -27,26 +27,35 @@ Grid grid_of(const GatedRMSNormParams &p, int64_t size) {
 
 template <typename T, bool kNormBeforeGate, int kLanes, Grid kGrid, bool kBias = false>
 void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
-    constexpr int kCount = 16 / static_cast<int>(sizeof(T)), kThreadGroups = kLanes * kNormVectors;
+    constexpr int kCount = 16 / static_cast<int>(sizeof(T)), kSector = 2 * kCount;
     const auto kernel = gated_rmsnorm_fwd<T, kNormBeforeGate, kLanes, kGrid, kBias>;
-    for (int s = 0; s < p.segments; ++s) {
-        // A segment reaches back to the grid point before it: how far depends on the row.
-        const bool aligned = kGrid == Grid::kWhole || (p.width % kCount == 0 && p.bounds[s] % kCount == 0);
-        const int columns = p.bounds[s + 1] - p.bounds[s] + (aligned ? 0 : kCount - 1);
-        p.groups[s + 1] = p.groups[s] + (columns + kLanes * kCount - 1) / (kLanes * kCount);
-    }
-    const int threads = (p.groups[p.segments] * kLanes + 32 * kNormVectors - 1) / (32 * kNormVectors) * 32;
+    // For groups of a segment that start at a multiple of `step` columns of memory, at or before it.
+    const auto threads_for = [&](int step) {
+        p.step = step;
+        const bool rows_aligned = p.width % step == 0 && reinterpret_cast<uintptr_t>(p.y) % (step * sizeof(T)) == 0;
+        for (int s = 0; s < p.segments; ++s) {
+            const bool aligned = kGrid == Grid::kWhole || (rows_aligned && p.bounds[s] % step == 0);
+            const int columns = p.bounds[s + 1] - p.bounds[s] + (aligned ? 0 : step - 1);
+            p.groups[s + 1] = p.groups[s] + (columns + kLanes * kCount - 1) / (kLanes * kCount);
+        }
+        return (p.groups[p.segments] * kLanes + 32 * kNormVectors - 1) / (32 * kNormVectors) * 32;
+    };
+    int threads = threads_for(kSector);
+    if (threads > kMaxNormThreads) threads = threads_for(kCount);
     STD_TORCH_CHECK(threads <= kMaxNormThreads, "shedder_cuda::gated_rmsnorm: ", p.segments, " segments of ", p.width,
                     " channels take more threads than a row has");
     // CTAs that one SM holds, for each number of warps; asked once, since asking takes longer than a launch.
-    static int resident[kMaxNormThreads / 32 + 1] = {};
-    int &per_sm = resident[threads / 32];
+    static int of_threads[kMaxNormThreads / 32 + 1] = {};
+    int &per_sm = of_threads[threads / 32];
     if (per_sm == 0) {
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0);
         per_sm = std::max(per_sm, 1);
     }
-    // Rows of one CTA lie a multiple of 16 bytes apart.
-    const int64_t blocks = std::min<int64_t>(p.rows, int64_t{per_sm} * multiprocessors(device) / kCount * kCount);
+    // As many as have work to the last round. Rows of one CTA lie a multiple of 32 bytes apart.
+    constexpr int64_t kStep = kGrid == Grid::kWhole ? 1 : kSector;
+    const int64_t resident = std::max(int64_t{per_sm} * multiprocessors(device) / kStep, int64_t{1}) * kStep;
+    const int64_t rounds = (p.rows + resident - 1) / resident, even = (p.rows + rounds - 1) / rounds;
+    const int64_t blocks = std::min(p.rows, (even + kStep - 1) / kStep * kStep);
     kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(p);
 }
 
