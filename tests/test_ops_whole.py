@@ -187,6 +187,28 @@ def test_taken_whole_is_the_long_way(index: int, outcomes: list[bool]) -> None:
         assert one.stride() == other.stride()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("headdim", "dstate", "groups"), [
+    (61, 101, 1), (63, 20, 2), (57, 16, 1), (64, 104, 3), (56, 7, 2), (45, 33, 1), (48, 128, 1), (31, 64, 2),
+    (13, 5, 1)])
+def test_mixer_of_any_heads(headdim: int, dstate: int, groups: int, dtype: torch.dtype, outcomes: list[bool]) -> None:
+    """Parts of the convolution's result begin at lines and sectors of their own, whatever lies between them."""
+    heads, length = 5, 70
+    inner, channels = heads * headdim, heads * headdim + 2 * groups * dstate
+    sample = {
+        "zxbcdt": rand(2, length, inner + channels + heads + 3, dtype=dtype), "row_padding": 3, "ngroups": groups,
+        "conv1d_weight": rand(channels, 4, dtype=dtype), "conv1d_bias": rand(channels, dtype=dtype), "dt_bias": wide(5),
+        "A": -wide(5).abs(), "D": wide(5), "chunk_size": 64, "rmsnorm_weight": rand(inner, dtype=dtype),
+        "headdim": headdim, "norm_before_gate": False, "head_to_group": (0, 0, 0, groups - 1, groups - 1),
+        "norm_segments": [(inner, 1e-5)], "return_final_states": True}
+    poison()
+    got = ops.mamba_split_conv1d_scan_combined(**sample)
+    assert outcomes == [True]
+    for one, other in zip(got, ops.mamba_split_conv1d_scan_combined(**sample, backend="cuda"), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("changes", [
     {"u": rand(2, 70, 63, dtype=torch.float64), "delta": rand(2, 70, 63, dtype=torch.float64),
      "z": None, "B": rand(2, 5, 63, dtype=torch.float64), "C": rand(2, 5, 63, dtype=torch.float64)},

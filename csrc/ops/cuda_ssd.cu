@@ -34,11 +34,12 @@ int best_segments(int64_t units, int slots, int processors, int chunks) {
     return best;
 }
 
-// CTAs that share what they read of B and C. The copies of boxes are counted line by line: heads that start anywhere
-// lie in twice as many lines, and then the shares pay; else they cost more than they save. Measured on an H200
+// CTAs that share what they read of B and C, and take neighbouring heads in step. The copies of boxes are counted line
+// by line: heads that start anywhere lie in twice as many lines, and then the shares pay; else they cost more than they
+// save. Where heads of y share sectors of L2, they had better be written in step. Measured on an H200
 // (docs/measured-facts.md, SSD).
-int best_cluster(const SsdParams &p, const Tensor &x, const MaybeTensor &z) {
-    const bool anywhere = !is_aligned(x, 16) || (z && !is_aligned(*z, 16));
+int best_cluster(const SsdParams &p, const Tensor &x, const MaybeTensor &z, const Tensor &y) {
+    const bool anywhere = !is_aligned(x, 16) || (z && !is_aligned(*z, 16)) || !is_aligned(y, 32);
     return anywhere && p.states >= 2 * multiprocessors(x.get_device_index()) ? 2 : 1;
 }
 
@@ -147,8 +148,8 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
     p.states = static_cast<int>(sizes.states());
     arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
         using Input = std::remove_pointer_t<decltype(type)>;
-        const auto copies = make_channels_maps(p, x, z, stream);
-        p.cluster = copies ? 1 : best_cluster(p, x, z);
+        const auto copies = make_channels_maps(p, x, z, stream);         // freed by torch in the order of the stream
+        p.cluster = best_cluster(p, x, z, y);
         if constexpr (sizeof(Input) == 2) launch_for_states<Input>(p, B, C, segments, stream);     // as checked above
     });
 }

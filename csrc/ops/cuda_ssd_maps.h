@@ -121,23 +121,22 @@ inline std::optional<AlignedCopies> make_states_maps(SsdParams &p, const Tensor 
                                                      int64_t ticket_count, cudaStream_t stream) {
     const int64_t batch = B.size(0), length = B.size(1), groups = B.size(2);
     // 32 bytes are a sector of L2: boxes whose rows start between two of them read a quarter more.
-    if (is_aligned(B, 32) && is_aligned(C, 32)) {
-        auto map = [&](const char *name, const Tensor &t) {
+    const bool C_fits = is_aligned(C, 32), B_fits = is_aligned(B, 32);
+    std::optional<AlignedCopies> copies;
+    if (!C_fits && !B_fits) copies = copy_aligned({&C, &B}, columns, true, p.tickets, ticket_count, stream);
+    else if (!C_fits) copies = copy_aligned({&C}, columns, true, p.tickets, ticket_count, stream);
+    else if (!B_fits) copies = copy_aligned({&B}, columns, true, p.tickets, ticket_count, stream);
+    else if (ticket_count > 0) cudaMemsetAsync(p.tickets, 0, ticket_count * sizeof(int32_t), stream);
+    int copied = 0;
+    auto map = [&](const char *name, const Tensor &t, bool fits) {
+        if (fits)
             return states_map(name, t.scalar_type(), address_of(t), p.cluster, batch, length, groups, p.dstate,
                               t.stride(0), t.stride(1), t.stride(2));
-        };
-        p.C = map("C", C);
-        p.B = map("B", B);
-        if (ticket_count > 0) cudaMemsetAsync(p.tickets, 0, ticket_count * sizeof(int32_t), stream);
-        return std::nullopt;
-    }
-    const AlignedCopies copies = copy_aligned({&C, &B}, columns, true, p.tickets, ticket_count, stream);
-    auto map = [&](const char *name, int copy) {
-        return states_map(name, B.scalar_type(), copies.address(copy), p.cluster, batch, copies.rows, groups, columns,
-                          copies.of_batch, copies.of_time, copies.of_group);
+        return states_map(name, t.scalar_type(), copies->address(copied++), p.cluster, batch, copies->rows, groups,
+                          columns, copies->of_batch, copies->of_time, copies->of_group);
     };
-    p.C = map("C", 0);
-    p.B = map("B", 1);
+    p.C = map("C", C, C_fits);
+    p.B = map("B", B, B_fits);
     return copies;
 }
 
