@@ -167,17 +167,19 @@ def test_matches_the_recurrence_for_every_number_of_states_of_many_channels(dsta
 # that; several batch entries, which need not end with a round.
 @pytest.mark.parametrize(("batch", "channels"), [(1, 16896), (1, 17001), (1, 22333), (1, 26001), (3, 5633), (2, 9001),
                                                  (8, 2117), (5, 7001), (17, 1001)])
-def test_many_channels_are_all_dealt_out(batch, channels):
-    assert_matches(inputs(batch, channels, 72, 7, torch.bfloat16))
+@pytest.mark.parametrize("length", [72, 71])                     # rows on the grid of 16 bytes and off
+def test_many_channels_are_all_dealt_out(batch, channels, length):
+    assert_matches(inputs(batch, channels, length, 7, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dstate", range(1, 17))
-def test_many_channels_with_rows_on_the_grid(dstate, dtype):
-    assert_matches(inputs(2, 17001, 40, dstate, dtype))
+@pytest.mark.parametrize("length", [40, 77])
+def test_many_channels_of_any_number_of_states(length, dstate, dtype):
+    assert_matches(inputs(2, 17001, length, dstate, dtype))
 
 
-@pytest.mark.parametrize("length", [8, 24, 64, 104, 520])
+@pytest.mark.parametrize("length", [8, 24, 64, 104, 520, 1, 7, 31, 32, 33, 63, 65, 97, 101, 519])
 def test_many_channels_over_any_number_of_tiles(length):
     assert_matches(inputs(2, 9001, length, 5, torch.bfloat16))
 
@@ -193,18 +195,35 @@ def test_many_channels_are_views_amid_others():
         around = torch.full((*case[name].shape[:-1], 144), torch.nan, dtype=torch.bfloat16, device="cuda")
         case[name] = around[..., 8 * start:8 * start + 96].copy_(case[name])
     case["delta"] = case["delta"][:, :1].expand_as(case["u"])
-    wide = torch.full((2, 9003, 112), 7.0, dtype=torch.bfloat16, device="cuda")
+    assert_writes_nothing_else(case, torch.full((2, 9003, 112), 7.0, dtype=torch.bfloat16, device="cuda"), 8)
+
+
+@pytest.mark.parametrize("length", [5, 37, 64, 99])
+@pytest.mark.parametrize("start", [0, 3, 7])
+def test_many_channels_are_views_amid_others_off_the_grid(start, length):
+    case = inputs(2, 9001, length, 7, torch.bfloat16)
+    for name in ("u", "delta", "z", "B", "C"):
+        around = torch.full((*case[name].shape[:-1], 141), torch.nan, dtype=torch.bfloat16, device="cuda")
+        case[name] = around[..., start:start + length].copy_(case[name])
+    around = torch.full((2, 9009, 141), 7.0, dtype=torch.bfloat16, device="cuda")
+    assert_writes_nothing_else(case, around[:, 7:], start)
+
+
+def assert_writes_nothing_else(case, wide, start):
+    """y goes to a part of wide, from row 1 and step `start` on."""
+    y = wide[:, 1:1 + case["u"].shape[1], start:start + case["u"].shape[2]]
     torch.ops.shedder_cuda.selective_scan(
         *(case[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")), True, case["initial_state"],
-        None, None, wide[:, 1:-1, 8:104], None)
+        None, None, y, None)
     want, _ = expected(case)
-    assert error(wide[:, 1:-1, 8:104], want) < TOLERANCE[torch.bfloat16]
-    wide[:, 1:-1, 8:104] = 7.0
+    assert error(y, want) < TOLERANCE[torch.bfloat16]
+    y.fill_(7.0)
     assert (wide == 7.0).all()
 
 
-def test_what_comes_later_does_not_reach_back_in_many_channels():
-    case = inputs(2, 9001, 136, 6, torch.bfloat16)
+@pytest.mark.parametrize("length", [136, 135])
+def test_what_comes_later_does_not_reach_back_in_many_channels(length):
+    case = inputs(2, 9001, length, 6, torch.bfloat16)
     want, _ = run(case)
     for name in ("u", "delta", "z", "B", "C"):
         late = case[name].clone()
