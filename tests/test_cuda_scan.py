@@ -205,8 +205,8 @@ def test_many_channels_are_views_amid_others_off_the_grid(start, length):
     for name in ("u", "delta", "z", "B", "C"):
         around = torch.full((*case[name].shape[:-1], 141), torch.nan, dtype=torch.bfloat16, device="cuda")
         case[name] = around[..., start:start + length].copy_(case[name])
-    around = torch.full((2, 9009, 141), 7.0, dtype=torch.bfloat16, device="cuda")
-    assert_writes_nothing_else(case, around[:, 7:], start)
+    wide = torch.full((2, 9009, 141), 7.0, dtype=torch.bfloat16, device="cuda")
+    assert_writes_nothing_else(case, wide[:, 7:], start)         # its row 8 lies as row 0 of u does
 
 
 def assert_writes_nothing_else(case, wide, start):

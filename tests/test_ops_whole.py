@@ -193,7 +193,7 @@ def test_taken_whole_is_the_long_way(index: int, outcomes: list[bool]) -> None:
     (61, 101, 1), (63, 20, 2), (57, 16, 1), (64, 104, 3), (56, 7, 2), (45, 33, 1), (48, 128, 1), (31, 64, 2),
     (13, 5, 1)])
 def test_mixer_of_any_heads(headdim: int, dstate: int, groups: int, dtype: torch.dtype, outcomes: list[bool]) -> None:
-    """Parts of the convolution's result begin at lines and sectors of their own, whatever lies between them."""
+    """x, and B and C of each group, begin with lines of their own in the convolution's result."""
     heads, length = 5, 70
     inner, channels = heads * headdim, heads * headdim + 2 * groups * dstate
     sample = {
