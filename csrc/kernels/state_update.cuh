@@ -26,6 +26,21 @@ struct StepStrides {
     int64_t batch, head, place;                              // place: the channel p of the head
 };
 
+// Division of numbers below 2^31 by one that the launcher knows: a product instead of some 30 instructions.
+struct Divisor {
+    unsigned divisor, factor;
+    int shift;
+
+    explicit Divisor(unsigned by = 1) : divisor(by), factor(0), shift(0) {
+        if (by == 1) return;
+        int bits = 0;
+        while ((uint64_t{1} << bits) < by) ++bits;
+        factor = static_cast<unsigned>(((uint64_t{1} << (31 + bits)) + by - 1) / by);
+        shift = bits - 1;
+    }
+    __device__ unsigned quotient(unsigned n) const { return factor == 0 ? n : __umulhi(n, factor) >> shift; }
+};
+
 struct StateUpdateParams {
     void *state, *y;                                         // y (batch, head, place) contiguous
     const void *x, *z, *B, *C;                               // Input; z may be null
@@ -35,7 +50,9 @@ struct StateUpdateParams {
     StepStrides state_strides, x_strides, dt_strides, z_strides, A_strides;      // A_strides.batch is unused
     int64_t state_n_stride, A_n_stride, B_batch_stride, B_group_stride, B_n_stride, C_batch_stride, C_group_stride,
         C_n_stride, D_head_stride, D_place_stride, bias_head_stride, bias_place_stride, map_stride, slots_stride;
-    int batch, heads, headdim, dstate, lanes, rows;          // rows: of the batch, that one warp walks over
+    int batch, heads, headdim, dstate, rows;                 // rows: of the batch, that one warp walks over
+    int lane_bits;                                           // 2^lane_bits lanes share a row of states
+    Divisor by_runs, by_heads;                               // runs of places; heads
     bool dt_softplus, group_per_place;                       // Mamba-1 with groups: the map numbers places
 };
 
@@ -47,20 +64,27 @@ struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) StepVector {
     T at[kWidth];
 };
 
+// use(access, its first element, where that lies) for the accesses of kWidth elements that a lane has in a row. One
+// address from the other: at small sizes the step takes as long as its instructions before the last load.
+template <int kWidth, typename T, typename Use>
+__device__ inline void each_access(T *row, int lane, int lanes, int64_t stride, Use use) {
+    const int64_t apart = kWidth > 1 ? kWidth : stride, step = lanes * apart;
+    T *at = row + lane * apart;
+    int n = lane * kWidth;
+#pragma unroll
+    for (int a = 0; a < kStepStates / kWidth; ++a, n += lanes * kWidth, at += step) use(a, n, at);
+}
+
 // kStepStates elements of a row, as they are stored: those of `lane` in accesses of kWidth.
 template <typename T, int kWidth>
 struct StepStates {
     StepVector<T, kWidth> part[kStepStates / kWidth];
 
     __device__ void fetch(const T *row, int lane, int lanes, int size, int64_t stride) {
-#pragma unroll
-        for (int a = 0; a < kStepStates / kWidth; ++a) {
-            const int n = (a * lanes + lane) * kWidth;
-            if (n < size)
-                part[a] = *reinterpret_cast<const StepVector<T, kWidth> *>(row + (kWidth > 1 ? n : n * stride));
-            else
-                part[a] = StepVector<T, kWidth>{};
-        }
+        each_access<kWidth>(row, lane, lanes, stride, [&](int a, int n, const T *at) {
+            if (n < size) part[a] = *reinterpret_cast<const StepVector<T, kWidth> *>(at);
+            else part[a] = StepVector<T, kWidth>{};
+        });
     }
     __device__ float operator[](int i) const { return to_float(part[i / kWidth].at[i % kWidth]); }
 };
@@ -69,28 +93,26 @@ template <typename Input, typename State, int kWidth, int kRows, bool kTied>
 __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_constant__ StateUpdateParams p) {
     constexpr unsigned kAll = 0xffffffffu;
     constexpr int kOthers = kTied ? 1 : kRows;               // different B and C
-    const int rows = 32 / p.lanes;                           // side by side in the warp
-    const int lane = threadIdx.x % p.lanes, sub = threadIdx.x % 32 / p.lanes;
+    const int lanes = 1 << p.lane_bits, rows = 32 >> p.lane_bits;            // rows: side by side in the warp
+    const int lane = threadIdx.x & (lanes - 1), sub = threadIdx.x % 32 >> p.lane_bits;
     // Tied tasks: (batch, head, run of kRows * rows places). Else: (run of kRows of the batch, head, run of rows places).
-    const unsigned run = kTied ? rows * kRows : rows;
-    const unsigned runs = (p.headdim + run - 1) / run;
-    unsigned task = blockIdx.x * (kStepThreads / 32) + threadIdx.x / 32;
-    const int first_place = static_cast<int>(task % runs * run) + sub;
-    task /= runs;
-    const int head = static_cast<int>(task % p.heads);
-    const int first_batch = static_cast<int>(task / p.heads) * (kTied ? 1 : kRows);
+    const unsigned run = kTied ? rows * kRows : rows, task = blockIdx.x * (kStepThreads / 32) + threadIdx.x / 32;
+    const unsigned with_head = p.by_runs.quotient(task), batches = p.by_heads.quotient(with_head);
+    const int first_place = static_cast<int>((task - with_head * p.by_runs.divisor) * run) + sub;
+    const unsigned head = with_head - batches * p.by_heads.divisor;
+    const int first_batch = static_cast<int>(batches) * (kTied ? 1 : kRows);
     if (first_batch >= p.batch) return;                      // the whole warp
 
     bool exists[kRows];
-    int64_t b[kRows], slot[kRows];
-    int place[kRows];
+    unsigned b[kRows], place[kRows];                         // no signs to extend in addresses
+    int slot[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         const int batch = kTied ? first_batch : first_batch + r, spot = kTied ? first_place + r * rows : first_place;
         exists[r] = batch < p.batch && spot < p.headdim;
         b[r] = min(batch, p.batch - 1);
         place[r] = min(spot, p.headdim - 1);
-        slot[r] = b[r];
+        slot[r] = static_cast<int>(b[r]);
     }
     if (p.slots != nullptr) {
 #pragma unroll
@@ -105,9 +127,9 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
     float dt[kOthers], skip[kRows], bias = 0.f, decay = 0.f;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        row[r] = static_cast<State *>(p.state) + slot[r] * p.state_strides.batch + head * p.state_strides.head
-            + place[r] * p.state_strides.place;
-        old[r].fetch(row[r], lane, p.lanes, slot[r] < 0 ? 0 : p.dstate, p.state_n_stride);
+        row[r] = static_cast<State *>(p.state) + static_cast<unsigned>(max(slot[r], 0)) * p.state_strides.batch
+            + head * p.state_strides.head + place[r] * p.state_strides.place;
+        old[r].fetch(row[r], lane, lanes, slot[r] < 0 ? 0 : p.dstate, p.state_n_stride);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -129,15 +151,15 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
     if constexpr (kTied)
         decay = p.A[head * p.A_strides.head] * kLog2e;
     else
-        A.fetch(p.A + head * p.A_strides.head + place[0] * p.A_strides.place, lane, p.lanes, p.dstate, p.A_n_stride);
+        A.fetch(p.A + head * p.A_strides.head + place[0] * p.A_strides.place, lane, lanes, p.dstate, p.A_n_stride);
     if (p.dt_bias != nullptr) bias = p.dt_bias[head * p.bias_head_stride + place[0] * p.bias_place_stride];
-    int64_t group = 0;
+    unsigned group = 0;
     if (p.head_to_group != nullptr) group = p.head_to_group[(p.group_per_place ? place[0] : head) * p.map_stride];
 #pragma unroll
     for (int r = 0; r < kOthers; ++r) {
-        B[r].fetch(static_cast<const Input *>(p.B) + b[r] * p.B_batch_stride + group * p.B_group_stride, lane, p.lanes,
+        B[r].fetch(static_cast<const Input *>(p.B) + b[r] * p.B_batch_stride + group * p.B_group_stride, lane, lanes,
                    p.dstate, p.B_n_stride);
-        C[r].fetch(static_cast<const Input *>(p.C) + b[r] * p.C_batch_stride + group * p.C_group_stride, lane, p.lanes,
+        C[r].fetch(static_cast<const Input *>(p.C) + b[r] * p.C_batch_stride + group * p.C_group_stride, lane, lanes,
                    p.dstate, p.C_n_stride);
     }
     p.dt.visit([&](auto *from) {
@@ -158,10 +180,8 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
         const float step = dt[shared(r)], current = to_float(x[r]), input = step * current;
         const bool moves = exists[r] && slot[r] >= 0;
         float sum = 0.f;
-#pragma unroll
-        for (int a = 0; a < kStepStates / kWidth; ++a) {
+        each_access<kWidth>(row[r], lane, lanes, p.state_n_stride, [&](int a, int n, State *at) {
             StepVector<State, kWidth> fresh;
-            const int n = (a * p.lanes + lane) * kWidth;
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
                 const int i = a * kWidth + j;
@@ -170,14 +190,13 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
                 sum += C[shared(r)][i] * h;
                 fresh.at[j] = from_float<State>(h);
             }
-            if (moves && n < p.dstate)
-                *reinterpret_cast<StepVector<State, kWidth> *>(row[r] + (kWidth > 1 ? n : n * p.state_n_stride)) = fresh;
-        }
-        for (int offset = p.lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAll, sum, offset);
+            if (moves && n < p.dstate) *reinterpret_cast<StepVector<State, kWidth> *>(at) = fresh;
+        });
+        for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAll, sum, offset);
         if (lane != 0 || !exists[r]) continue;
         sum += skip[r] * current;
         if (p.z != nullptr) sum *= fast_silu(to_float(z[r]));
-        static_cast<Input *>(p.y)[(b[r] * p.heads + head) * p.headdim + place[r]] =
+        static_cast<Input *>(p.y)[(int64_t{b[r]} * p.heads + head) * p.headdim + place[r]] =
             from_float<Input>(slot[r] < 0 ? 0.f : sum);
     }
 }

@@ -23,12 +23,15 @@ StepStrides step_strides(const Tensor &t, bool single_head) {
 template <typename Input, typename State, int kWidth>
 void launch_step(StateUpdateParams &p, bool tied, cudaStream_t stream) {
     constexpr int kTiedRows = kWidth > 1 ? 4 : 2, kRows = 2;
-    p.lanes = 1;
-    while (p.lanes * kStepStates < p.dstate) p.lanes *= 2;
-    const int64_t rows = 32 / p.lanes;
-    const int64_t run = tied ? rows * kTiedRows : rows;
-    const int64_t batches = tied ? p.batch : (p.batch + kRows - 1) / kRows;
-    const unsigned blocks = blocks_for(kStepOp, batches * p.heads * ((p.headdim + run - 1) / run), kStepThreads / 32);
+    p.lane_bits = 0;
+    while ((kStepStates << p.lane_bits) < p.dstate) ++p.lane_bits;
+    const int64_t rows = 32 >> p.lane_bits;
+    const int64_t run = tied ? rows * kTiedRows : rows, runs = (p.headdim + run - 1) / run;
+    const int64_t batches = tied ? p.batch : (p.batch + kRows - 1) / kRows, tasks = batches * p.heads * runs;
+    STD_TORCH_CHECK(tasks < int64_t{1} << 31, "shedder_cuda::state_update: the tensors are too large");
+    p.by_runs = Divisor(static_cast<unsigned>(runs));
+    p.by_heads = Divisor(static_cast<unsigned>(p.heads));
+    const unsigned blocks = blocks_for(kStepOp, tasks, kStepThreads / 32);
     if (tied)
         state_update_step<Input, State, kWidth, kTiedRows, true><<<blocks, kStepThreads, 0, stream>>>(p);
     else
