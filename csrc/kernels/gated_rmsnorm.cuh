@@ -77,15 +77,6 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
         for (int i = 0; i < kCount; ++i) values[i] *= silu_for<T>(gates[i]);
     };
     const auto owns = [&](int v, int i) { return (own[v] >> i & 1) != 0; };
-    p.weight.visit([&](auto *from) {
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-            for (int i = 0; i < kCount; ++i)
-                weight[v][i] = owns(v, i) ? to_float(from[(column[v] + i) * p.weight_stride]) : 0.f;
-        }
-    });
-
     const auto stays_inside = [&](int v) {                   // its words hold nothing beyond a row
         return kGrid == Grid::kWhole || (kGrid == Grid::kSame && own[v] == kOwnsAll);
     };
@@ -97,7 +88,15 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
         next_z[v].fetch(z + row * p.z_row_stride + column[v], exists && z != nullptr);
     };
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) load(blockIdx.x, v);
+    for (int v = 0; v < kVectors; ++v) load(blockIdx.x, v);  // before the weights, which are waited for
+    p.weight.visit([&](auto *from) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i)
+                weight[v][i] = owns(v, i) ? to_float(from[(column[v] + i) * p.weight_stride]) : 0.f;
+        }
+    });
 
     int phase = 0;
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, phase ^= 1) {
