@@ -82,11 +82,19 @@ inline bool on_grid(const void *data, int64_t element_size, std::initializer_lis
     return fits;
 }
 
+// Whether the rows of two tensors lie alike against the 16-byte grid; differences: of the distances between rows.
+inline bool lie_alike(const void *data, const void *other, int64_t element_size,
+                      std::initializer_list<int64_t> differences) {
+    const uintptr_t apart = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(other);
+    return on_grid(reinterpret_cast<const void *>(apart), element_size, differences);
+}
+
 // Blocks for `tasks` of which each takes `per_block`. Kernels number tasks by 32 bits: a division of 64 costs as much as
 // 25 products.
 inline unsigned blocks_for(const char *op, int64_t tasks, int64_t per_block) {
     const int64_t blocks = (tasks + per_block - 1) / per_block;
-    STD_TORCH_CHECK(blocks * per_block < (int64_t{1} << 32) && blocks < (int64_t{1} << 31), "shedder_cuda::", op, ": the tensors are too large");
+    STD_TORCH_CHECK(blocks * per_block < (int64_t{1} << 32) && blocks < (int64_t{1} << 31), "shedder_cuda::", op,
+                    ": the tensors are too large");
     return static_cast<unsigned>(blocks);
 }
 

@@ -16,8 +16,7 @@ constexpr const char *kNormOp = "gated_rmsnorm";
 // How x and z lie against the 16-byte grid, as seen from y.
 Grid grid_of(const GatedRMSNormParams &p, int64_t size) {
     const auto as_y = [&](const void *data, int64_t stride) {
-        return (reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(p.y)) % 16 == 0
-            && (stride - p.width) * size % 16 == 0;
+        return lie_alike(data, p.y, size, {stride - p.width});
     };
     if (!as_y(p.x, p.x_row_stride) || (p.z != nullptr && !as_y(p.z, p.z_row_stride))) return Grid::kOther;
     bool whole = on_grid(p.y, size, {});
@@ -29,8 +28,8 @@ template <typename T, bool kNormBeforeGate, int kLanes, Grid kGrid, bool kBias =
 void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
     constexpr int kCount = 16 / static_cast<int>(sizeof(T)), kSector = 2 * kCount;
     const auto kernel = gated_rmsnorm_fwd<T, kNormBeforeGate, kLanes, kGrid, kBias>;
-    // For groups of a segment that start at a multiple of `step` columns of memory, at or before it.
-    const auto threads_for = [&](int step) {
+    // Groups of a segment start at a multiple of `step` columns of memory, at or before it. Returns the threads of a row.
+    const auto deal_groups = [&](int step) {
         p.step = step;
         const bool rows_aligned = p.width % step == 0 && reinterpret_cast<uintptr_t>(p.y) % (step * sizeof(T)) == 0;
         for (int s = 0; s < p.segments; ++s) {
@@ -40,8 +39,8 @@ void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
         }
         return (p.groups[p.segments] * kLanes + 32 * kNormVectors - 1) / (32 * kNormVectors) * 32;
     };
-    int threads = threads_for(kSector);
-    if (threads > kMaxNormThreads) threads = threads_for(kCount);
+    int threads = deal_groups(kSector);
+    if (threads > kMaxNormThreads) threads = deal_groups(kCount);
     STD_TORCH_CHECK(threads <= kMaxNormThreads, "shedder_cuda::gated_rmsnorm: ", p.segments, " segments of ", p.width,
                     " channels take more threads than a row has");
     // CTAs that one SM holds, for each number of warps; asked once, since asking takes longer than a launch.

@@ -16,9 +16,9 @@ namespace {
 ScanDeal deal_channels(const SelectiveScanParams &p, int64_t schedulers) {
     const int64_t eights = (p.channels + 7) / 8, all = p.batch * eights, rounds = all / (4 * schedulers);
     const int64_t left = all - rounds * 4 * schedulers;
+    const bool all_wide = left > 2 * schedulers && rounds > 0;
     ScanDeal deal{};
-    deal.wide = static_cast<int>(left > 2 * schedulers && rounds > 0 ? (eights + 3) / 4
-                                                       : std::min(rounds * schedulers / p.batch, eights / 4));
+    deal.wide = static_cast<int>(all_wide ? (eights + 3) / 4 : std::min(rounds * schedulers / p.batch, eights / 4));
     const int rest = std::max<int>(static_cast<int>(eights) - 4 * deal.wide, 0);
     if (left <= schedulers) deal.quarter = rest;
     else deal.half = (rest + 1) / 2;

@@ -114,26 +114,27 @@ void launch_some_channels(const SelectiveScanParams &p, const ScanTileAccess &ac
 
 // ---- the form for many channels
 
-// Whether the rows of delta, z and y lie against the 16-byte grid as those of u do.
+// Whether the rows of u, delta, z and y lie alike against the 16-byte grid.
 template <typename Input>
-bool lie_alike(const SelectiveScanParams &p) {
+bool all_lie_alike(const SelectiveScanParams &p) {
     const auto as_u = [&](const void *data, const Strides3 &s) {
-        uint64_t apart = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(p.u);
-        apart |= static_cast<uint64_t>(s.channel - p.u_strides.channel) * sizeof(Input);
-        if (p.batch > 1) apart |= static_cast<uint64_t>(s.batch - p.u_strides.batch) * sizeof(Input);
-        return apart % 16 == 0;
+        return lie_alike(data, p.u, sizeof(Input), {s.channel - p.u_strides.channel,
+                                                    p.batch > 1 ? s.batch - p.u_strides.batch : 0});
     };
     return as_u(p.delta, p.delta_strides) && as_u(p.y, p.y_strides) && (p.z == nullptr || as_u(p.z, p.z_strides));
 }
 
 // Whether there are channels enough. For each scheduler of the GPU 64 of many states, fewer of few; off the grid, where
-// the other forms take twice as long, 4. Measured on an H200 (docs/measured-facts.md, selective scan).
+// the other forms take twice as long, 4, but steps enough for the start of its warps to pay. Measured on an H200
+// (docs/measured-facts.md, selective scan).
 template <typename Input>
 bool launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device,
                           cudaStream_t stream) {
     if constexpr (sizeof(Input) == 2) {
+        constexpr int kShortest = 256;
         const bool on_grid = on_the_grid(access);
-        if (std::max(access.rows, access.BC) == Access::kStrided || !(on_grid || lie_alike<Input>(p))) return false;
+        if (!on_grid && p.length < kShortest) return false;
+        if (std::max(access.rows, access.BC) == Access::kStrided || !(on_grid || all_lie_alike<Input>(p))) return false;
         const int64_t schedulers = int64_t{4} * multiprocessors(device);
         const int least = !on_grid || p.dstate <= 4 ? 4 : p.dstate <= 8 ? 24 : p.dstate <= 12 ? 32 : 64;
         if (int64_t{p.batch} * p.channels < schedulers * least) return false;

@@ -2,8 +2,9 @@
 
 #pragma once
 
-#include <initializer_list>
+#include <algorithm>
 #include <optional>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -74,9 +75,9 @@ struct AlignedCopies {
 
 // Of each row so many columns, zeros where there is no element. groups_apart: all rows of a group before those of the
 // next; else the groups of a token side by side.
-inline AlignedCopies copy_aligned(std::initializer_list<const Tensor *> tensors, int64_t columns, bool groups_apart,
+inline AlignedCopies copy_aligned(const std::vector<const Tensor *> &tensors, int64_t columns, bool groups_apart,
                                   int32_t *tickets, int64_t ticket_count, cudaStream_t stream) {
-    const Tensor &like = **tensors.begin();
+    const Tensor &like = *tensors[0];
     const int64_t batch = like.size(0), length = like.size(1), groups = like.size(2);
     const int64_t rows = (length + kChunk - 1) / kChunk * kChunk;
     const int64_t pitch = (columns + 63) / 64 * 64;          // whole lines of L2
@@ -121,22 +122,22 @@ inline std::optional<AlignedCopies> make_states_maps(SsdParams &p, const Tensor 
                                                      int64_t ticket_count, cudaStream_t stream) {
     const int64_t batch = B.size(0), length = B.size(1), groups = B.size(2);
     // 32 bytes are a sector of L2: boxes whose rows start between two of them read a quarter more.
-    const bool C_fits = is_aligned(C, 32), B_fits = is_aligned(B, 32);
+    std::vector<const Tensor *> unfit;
+    for (const Tensor *t : {&C, &B})
+        if (!is_aligned(*t, 32)) unfit.push_back(t);
     std::optional<AlignedCopies> copies;
-    if (!C_fits && !B_fits) copies = copy_aligned({&C, &B}, columns, true, p.tickets, ticket_count, stream);
-    else if (!C_fits) copies = copy_aligned({&C}, columns, true, p.tickets, ticket_count, stream);
-    else if (!B_fits) copies = copy_aligned({&B}, columns, true, p.tickets, ticket_count, stream);
+    if (!unfit.empty()) copies = copy_aligned(unfit, columns, true, p.tickets, ticket_count, stream);
     else if (ticket_count > 0) cudaMemsetAsync(p.tickets, 0, ticket_count * sizeof(int32_t), stream);
-    int copied = 0;
-    auto map = [&](const char *name, const Tensor &t, bool fits) {
-        if (fits)
+    auto map = [&](const char *name, const Tensor &t) {
+        const auto copy = std::find(unfit.begin(), unfit.end(), &t);
+        if (copy == unfit.end())
             return states_map(name, t.scalar_type(), address_of(t), p.cluster, batch, length, groups, p.dstate,
                               t.stride(0), t.stride(1), t.stride(2));
-        return states_map(name, t.scalar_type(), copies->address(copied++), p.cluster, batch, copies->rows, groups,
-                          columns, copies->of_batch, copies->of_time, copies->of_group);
+        return states_map(name, t.scalar_type(), copies->address(static_cast<int>(copy - unfit.begin())), p.cluster,
+                          batch, copies->rows, groups, columns, copies->of_batch, copies->of_time, copies->of_group);
     };
-    p.C = map("C", C, C_fits);
-    p.B = map("B", B, B_fits);
+    p.C = map("C", C);
+    p.B = map("B", B);
     return copies;
 }
 
@@ -165,20 +166,14 @@ inline SsdOperand channels_map(const char *name, ScalarType dtype, uint64_t addr
     return o;
 }
 
-// Whether the channels of both lie alike against the grid of 16 bytes.
-inline bool lie_alike(const Tensor &x, const Tensor &z) {
-    uint64_t bits = address_of(x) - address_of(z);
-    for (int i : {0, 2})
-        if (x.size(i) > 1) bits |= static_cast<uint64_t>(x.stride(i) - z.stride(i)) * 2;
-    return bits % 16 == 0;
-}
-
 // The maps of x and z, or of copies of them, which are returned.
 inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tensor &x, const MaybeTensor &z,
                                                        cudaStream_t stream) {
     auto fits = [](const Tensor &t) { return t.size(1) == 1 || (t.stride(1) % 8 == 0 && t.stride(1) > 0); };
     const int64_t batch = x.size(0), heads = x.size(2);
-    if (fits(x) && (!z || (fits(*z) && lie_alike(x, *z)))) {
+    auto difference = [&](int i) { return x.size(i) > 1 ? x.stride(i) - z->stride(i) : 0; };
+    if (fits(x)
+        && (!z || (fits(*z) && lie_alike(x.const_data_ptr(), z->const_data_ptr(), 2, {difference(0), difference(2)})))) {
         auto map = [&](const char *name, const Tensor &t) {
             return channels_map(name, t.scalar_type(), address_of(t), batch, t.size(1), heads, t.size(3), t.stride(0),
                                 t.stride(1), t.stride(2));
@@ -188,8 +183,9 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
         return std::nullopt;
     }
     const int64_t columns = (x.size(3) + 7) / 8 * 8;
-    const AlignedCopies copies = z ? copy_aligned({&x, &*z}, columns, false, nullptr, 0, stream)
-                                   : copy_aligned({&x}, columns, false, nullptr, 0, stream);
+    std::vector<const Tensor *> given{&x};
+    if (z) given.push_back(&*z);
+    const AlignedCopies copies = copy_aligned(given, columns, false, nullptr, 0, stream);
     auto map = [&](const char *name, int copy) {
         return channels_map(name, x.scalar_type(), copies.address(copy), batch, copies.rows, heads, columns,
                             copies.of_batch, copies.of_time, copies.of_group);

@@ -1,0 +1,361 @@
+// What a warp of selective_scan_channels moves between memory and its tiles: rows of its channels (u, delta and z in, y
+// out), rows of B and C, states.
+
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/copy_async.cuh"
+#include "kernels/selective_scan_fwd.cuh"
+#include "kernels/selective_scan_rows.cuh"
+
+namespace shedder {
+
+// kOnGrid_: all rows begin with a piece of memory. Else those of u, delta, z and y of a channel lie alike.
+template <typename Input_, int kStates_, int kLanes_, bool kOnGrid_>
+struct ScanRows {
+    using Input = Input_;
+    static constexpr int kStates = kStates_, kLanes = kLanes_;
+    static constexpr bool kOnGrid = kOnGrid_;
+    static_assert(sizeof(Input) == 2 && (kLanes == 1 || kLanes == 2 || kLanes == 4));
+    static constexpr int kChannels = 32 / kLanes;
+    // Of a tile; where 64 take so much shared memory that one CTA fills a multiprocessor, 32.
+    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > 7 && !kOnGrid) ? 32 : 64;
+    static constexpr int kSlots = kStates * kLanes;          // states there is room for
+    static constexpr int kRowPieces = kSteps / kPieceSteps;
+    static constexpr int kMemoryPieces = kRowPieces + !kOnGrid;              // that a row's steps lie in
+    static constexpr int kRow = 16 * kMemoryPieces, kTile = kChannels * kRow;        // bytes: of a row, a tensor's tile
+    static constexpr int kCopies = kRowPieces / kLanes;      // of a lane, for a tile of a tensor
+    static constexpr int kOwn = kPieceSteps / kLanes;        // steps of a piece whose channel-only work a lane does
+    // Words of B and C: those of a step neighbours, pieces padded to other banks.
+    static constexpr int kBlockSteps = kStates % 2 == 0 ? 1 : 2;             // that a lane reads at a time
+    static constexpr int kBlock = kBlockSteps * kStates * 2;
+    static constexpr int kBCPiece = kPieceSteps * kSlots * 2 + (kRowPieces == 4 ? 8 : 4);
+    static constexpr int kBCTile = kRowPieces * kBCPiece;
+    static constexpr int kBCPieces = (kSlots * kRowPieces + 31) / 32;        // that a lane brings
+    static constexpr int kStages = 2;
+    static constexpr int kSharedBytes = kStages * (3 * kTile + 4 * kBCTile);
+
+    // Byte of a tile at which piece `piece` of row `row` lies: neighbouring rows on different banks.
+    static __device__ int at(int row, int piece) {
+        return row * kRow + (kOnGrid ? piece ^ (kLanes == 1 ? row >> 1 & 3 : row & 7) : piece) * 16;
+    }
+};
+
+// Steps of memory between the start of a piece and a row's own.
+template <typename Rows>
+__device__ __forceinline__ int skew_of(const typename Rows::Input *at) {
+    constexpr int kSize = sizeof(typename Rows::Input);
+    return Rows::kOnGrid ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(at) / kSize % kPieceSteps);
+}
+
+// The rows of a warp's channels. A lane copies pieces of some rows, and walks along a row of its own or a share of one.
+template <typename Rows>
+struct ScanChannelRows {
+    using Input = typename Rows::Input;
+    static constexpr int kLanes = Rows::kLanes, kSteps = Rows::kSteps, kOwn = Rows::kOwn;
+    static constexpr int kCopiedRows = 32 / Rows::kRowPieces;                // between rows that a lane copies
+    // The steps of a piece that belong to a lane, as they lie in memory.
+    using Own = std::conditional_t<kLanes == 1, uint4, std::conditional_t<kLanes == 2, uint2, uint32_t>>;
+
+    const SelectiveScanParams &p;
+    char *const tiles;                                       // [stage][u, delta, z][kTile]
+    const int first_channel, last;                           // of the warp; of all
+    const int row, column, copied_row, copied_piece;
+    const int64_t channel;                                   // of this lane; the last one where it has none
+    const int skew;
+    const Input *u_at, *delta_at, *z_at;
+    Input *y_at;
+    uint32_t pending = 0;                                    // the lane's last word of y, whose upper step may be the
+                                                             // lower one of another word of memory
+
+    __device__ __forceinline__ ScanChannelRows(const SelectiveScanParams &p, int64_t b, int first_channel, char *tiles)
+        : p(p), tiles(tiles), first_channel(first_channel), last(p.channels - 1),
+          row(threadIdx.x % 32 / kLanes), column(threadIdx.x % 32 % kLanes),
+          copied_row(threadIdx.x % 32 / Rows::kRowPieces), copied_piece(threadIdx.x % 32 % Rows::kRowPieces),
+          channel(min(first_channel + row, last)),
+          skew(skew_of<Rows>(static_cast<const Input *>(p.u) + b * p.u_strides.batch + channel * p.u_strides.channel)) {
+        const auto first_of = [&](const void *tensor, const Strides3 &s) {
+            return static_cast<const Input *>(tensor) + b * s.batch + (first_channel + copied_row) * s.channel
+                + copied_piece * kPieceSteps;
+        };
+        u_at = first_of(p.u, p.u_strides);
+        delta_at = first_of(p.delta, p.delta_strides);
+        z_at = first_of(p.z, p.z_strides);
+        y_at = const_cast<Input *>(first_of(p.y, p.y_strides));
+    }
+
+    __device__ bool exists() const { return first_channel + row <= last; }
+    __device__ bool all_exist() const { return first_channel + Rows::kChannels - 1 <= last; }
+    __device__ bool copies_row(int i) const { return first_channel + copied_row + i * kCopiedRows <= last; }
+    __device__ char *tile_of(int stage, int tensor) const { return tiles + (stage * 3 + tensor) * Rows::kTile; }
+    // Of this lane's steps of u: where the word begins that they begin in.
+    __device__ char *place_of(int stage, int piece) const {
+        return tile_of(stage, 0) + Rows::at(row, piece) + column * kOwn * 2 + skew / 2 * 4;
+    }
+
+    // use(its row is this lane's i-th, piece, where it begins in memory, skew) for each piece that a lane moves.
+    template <bool kAndBehind, typename At, typename Use>
+    __device__ __forceinline__ void each_piece(At *at, int64_t pitch, Use use) const {
+        const auto of_row = [&](int i, int piece, At *from) {
+            const int skew = skew_of<Rows>(from);
+            use(i, piece, from - skew, skew);
+        };
+#pragma unroll
+        for (int i = 0; i < Rows::kCopies; ++i) of_row(i, copied_piece, at + i * kCopiedRows * pitch);
+        if (kAndBehind && copied_piece == Rows::kRowPieces - 1)
+#pragma unroll
+            for (int i = 0; i < Rows::kCopies; ++i)
+                of_row(i, Rows::kRowPieces, at + i * kCopiedRows * pitch + kPieceSteps);
+    }
+
+    // The next tile, of which `left` steps exist, on its way. Zeros for rows and steps not there.
+    __device__ __forceinline__ void copy(int left, int stage) {
+        const auto all = [&](auto copy_rows) {
+            const auto copy_tensor = [&](int tensor, const Input *&from, int64_t pitch) {
+                copy_rows(tile_of(stage, tensor), from, pitch);
+                from += kSteps;
+            };
+            copy_tensor(0, u_at, p.u_strides.channel);
+            copy_tensor(1, delta_at, p.delta_strides.channel);
+            if (p.z != nullptr) copy_tensor(2, z_at, p.z_strides.channel);
+        };
+        if (all_exist() && left >= kSteps + !Rows::kOnGrid * kPieceSteps)
+            all([&](char *to, const Input *from, int64_t pitch) {
+                each_piece<false>(from, pitch, [&](int i, int piece, const Input *at, int) {
+                    copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, piece), at);
+                });
+                const int lane = threadIdx.x % 32;
+                if (!Rows::kOnGrid && lane < Rows::kChannels) {              // the piece behind, of a row for each lane
+                    const Input *const at = from + (lane - copied_row) * pitch + (kSteps - copied_piece * kPieceSteps);
+                    copy_async_line(to + Rows::at(lane, Rows::kRowPieces), at - skew_of<Rows>(at));
+                }
+            });
+        else
+            all([&](char *to, const Input *from, int64_t pitch) {
+                each_piece<!Rows::kOnGrid>(from, pitch, [&](int i, int piece, const Input *at, int skew) {
+                    const int there = copies_row(i) ? left + skew - piece * kPieceSteps : 0;
+                    copy_async_part(to + Rows::at(copied_row + i * kCopiedRows, piece), at,
+                                    min(max(there, 0), kPieceSteps) * 2);
+                });
+            });
+        copies_committed();
+    }
+
+    __device__ __forceinline__ Own take(const char *from) const {
+        if constexpr (Rows::kOnGrid) {
+            return *reinterpret_cast<const Own *>(from);
+        } else {
+            uint32_t words[kOwn / 2 + 1];
+#pragma unroll
+            for (int i = 0; i <= kOwn / 2; ++i) words[i] = reinterpret_cast<const uint32_t *>(from)[i];
+            Own own;
+#pragma unroll
+            for (int i = 0; i < kOwn / 2; ++i)
+                reinterpret_cast<uint32_t *>(&own)[i] = __funnelshift_r(words[i], words[i + 1], skew % 2 * 16);
+            return own;
+        }
+    }
+    static __device__ __forceinline__ void unpack(const Own &from, float (&to)[kOwn]) {
+        const uint32_t *const words = reinterpret_cast<const uint32_t *>(&from);
+#pragma unroll
+        for (int k = 0; k < kOwn; ++k)
+            to[k] = k % 2 ? Piece<Input>::high(words[k / 2]) : Piece<Input>::low(words[k / 2]);
+    }
+
+    // y of this lane's steps where their z was.
+    __device__ __forceinline__ void put_y(char *at, const float (&y)[kOwn]) {
+        alignas(16) Input out[kOwn];
+#pragma unroll
+        for (int k = 0; k < kOwn; ++k) out[k] = from_float<Input>(y[k]);
+        if constexpr (Rows::kOnGrid) {
+            *reinterpret_cast<Own *>(at) = *reinterpret_cast<const Own *>(out);
+        } else {
+            const uint32_t *const words = reinterpret_cast<const uint32_t *>(out);
+            const uint32_t newest = words[kOwn / 2 - 1];
+            uint32_t before = pending;
+            if constexpr (kLanes > 1)
+                before = __shfl_sync(0xffffffffu, column == kLanes - 1 ? pending : newest, column + kLanes - 1, kLanes);
+#pragma unroll
+            for (int i = 0; i < kOwn / 2; ++i) {
+                reinterpret_cast<uint32_t *>(at)[i] = __funnelshift_rc(before, words[i], skew % 2 ? 16 : 32);
+                before = words[i];
+            }
+            pending = newest;
+        }
+    }
+
+    // A tile of y to memory; `left` steps were left before it. Off the grid the steps that do not fill a piece go on to
+    // the next tile.
+    __device__ __forceinline__ void store(int left, int stage, bool is_first) {
+        const bool more = left > kSteps;
+        char *const y_tile = tile_of(stage, 2), *const own_row = y_tile + row * Rows::kRow;
+        if (!Rows::kOnGrid && !more && skew % 2 && column == kLanes - 1) {
+            const int last_step = (left + kPieceSteps - 1) / kPieceSteps * kPieceSteps + skew - 1;
+            reinterpret_cast<uint16_t *>(own_row)[last_step] = static_cast<uint16_t>(pending >> 16);
+        }
+        __syncwarp();
+        if (!Rows::kOnGrid && more) {
+            uint32_t *const next_row = reinterpret_cast<uint32_t *>(tile_of(stage ^ 1, 2) + row * Rows::kRow);
+            for (int word = column; word < skew / 2; word += kLanes)
+                next_row[word] = reinterpret_cast<const uint32_t *>(own_row)[kSteps / 2 + word];
+        }
+        const auto piece_of = [&](int i, int piece) {
+            return *reinterpret_cast<const uint4 *>(y_tile + Rows::at(copied_row + i * kCopiedRows, piece));
+        };
+        if (all_exist() && (Rows::kOnGrid ? left >= kSteps : more && !is_first)) {
+            each_piece<false>(y_at, p.y_strides.channel, [&](int i, int piece, Input *to, int) {
+                *reinterpret_cast<uint4 *>(to) = piece_of(i, piece);
+            });
+        } else {
+            each_piece<!Rows::kOnGrid>(y_at, p.y_strides.channel, [&](int i, int piece, Input *to, int skew) {
+                const uint4 out = piece_of(i, piece);
+                const int before = is_first ? skew : 0, end = copies_row(i) ? more ? kSteps : left + skew : 0;
+#pragma unroll
+                for (int k = 0; k < kPieceSteps; ++k)
+                    if (before <= piece * kPieceSteps + k && piece * kPieceSteps + k < end)
+                        to[k] = reinterpret_cast<const Input *>(&out)[k];
+            });
+        }
+        y_at += kSteps;
+    }
+};
+
+// The rows of B and C: a lane brings pieces of some. Tiles hold floats. Off the grid the pieces of memory wait where
+// their floats will lie.
+template <typename Rows>
+struct ScanStateRows {
+    using Input = typename Rows::Input;
+
+    const SelectiveScanParams &p;
+    const Input *const B_row, *const C_row;                  // of state 0
+    const int lane = threadIdx.x % 32;
+    Piece<Input> B[Rows::kBCPieces], C[Rows::kBCPieces];
+
+    __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, int64_t b)
+        : p(p), B_row(static_cast<const Input *>(p.B) + b * p.B_strides.batch),
+          C_row(static_cast<const Input *>(p.C) + b * p.C_strides.batch) {}
+
+    __device__ int2 place_of(int i) const {                  // of this lane's i-th piece: state, first step of the tile
+        const int index = lane + 32 * i;
+        return make_int2(index / Rows::kRowPieces, index % Rows::kRowPieces * kPieceSteps);
+    }
+
+    // The steps from `start` on, on their way to `tile`.
+    __device__ __forceinline__ void read(int start, float *tile) {
+        if constexpr (Rows::kOnGrid) {
+            const auto all = [&](auto read_one) {
+#pragma unroll
+                for (int i = 0; i < Rows::kBCPieces; ++i) {
+                    const int2 place = place_of(i);
+                    if (place.x >= p.dstate) continue;
+                    B[i] = read_one(B_row + place.x * p.B_strides.state + start + place.y, start + place.y);
+                    C[i] = read_one(C_row + place.x * p.C_strides.state + start + place.y, start + place.y);
+                }
+            };
+            if (p.length - start >= Rows::kSteps)
+                all([](const Input *from, int) { return read_whole_piece(from); });
+            else
+                all([&](const Input *from, int t) { return read_piece(from, 1, p.length - t, Access::kVector); });
+        } else {
+            // Pieces of a row by neighbouring lanes.
+            constexpr int kLanesOfRow = Rows::kMemoryPieces <= 8 ? 8 : 16, kAtOnce = 32 / kLanesOfRow;
+            const int piece = lane % kLanesOfRow, first_row = lane / kLanesOfRow, left = p.length - start;
+            const bool whole = left >= Rows::kSteps + kPieceSteps;
+            const auto copy = [&](char *to, const Input *rows, int64_t pitch) {
+                if (piece >= Rows::kMemoryPieces) return;
+                const Input *from = rows + first_row * pitch + start;
+                to += first_row * Rows::kRow + piece * 16;
+#pragma unroll
+                for (int i = 0; i < Rows::kSlots; i += kAtOnce, from += kAtOnce * pitch) {
+                    if (first_row + i >= p.dstate) continue;
+                    const int skew = skew_of<Rows>(from), there = left + skew - piece * kPieceSteps;
+                    const Input *const at = from - skew + piece * kPieceSteps;
+                    if (whole) copy_async_line(to + i * Rows::kRow, at);
+                    else copy_async_part(to + i * Rows::kRow, at, min(max(there, 0), kPieceSteps) * 2);
+                }
+            };
+            char *const raw = reinterpret_cast<char *>(tile);
+            copy(raw, B_row, p.B_strides.state);
+            copy(raw + Rows::kSlots * Rows::kRow, C_row, p.C_strides.state);
+            copies_committed();
+        }
+    }
+
+    // What `read` has brought, as floats in the tile.
+    __device__ __forceinline__ void put(float *tile) {
+        if (!Rows::kOnGrid) take(reinterpret_cast<const char *>(tile));
+#pragma unroll
+        for (int i = 0; i < Rows::kBCPieces; ++i) {
+            const int2 place = place_of(i);
+            const int n = place.x;
+            if (n >= (Rows::kOnGrid ? p.dstate : Rows::kSlots)) continue;
+            float *const to = tile + place.y / kPieceSteps * Rows::kBCPiece + n / Rows::kStates * Rows::kBlock
+                + n % Rows::kStates * 2;
+#pragma unroll
+            for (int k = 0; k < kPieceSteps; ++k)
+                *reinterpret_cast<float2 *>(to + k / Rows::kBlockSteps * Rows::kBlock * Rows::kLanes
+                                            + k % Rows::kBlockSteps * Rows::kStates * 2) =
+                    make_float2(B[i].get(k), C[i].get(k));
+        }
+    }
+
+private:
+    __device__ __forceinline__ void take(const char *raw) {
+        const auto take_one = [&](const char *rows, int2 place, const Input *row) {
+            Piece<Input> piece{};
+            if (place.x >= p.dstate) return piece;
+            const int skew = skew_of<Rows>(row), first = place.y + skew;
+            const uint32_t *const from = reinterpret_cast<const uint32_t *>(rows + place.x * Rows::kRow) + first / 2;
+#pragma unroll
+            for (int i = 0; i < kPieceSteps / 2; ++i)
+                piece.word[i] = __funnelshift_r(from[i], from[i + 1], skew % 2 * 16);
+            return piece;
+        };
+#pragma unroll
+        for (int i = 0; i < Rows::kBCPieces; ++i) {
+            const int2 place = place_of(i);
+            B[i] = take_one(raw, place, B_row + place.x * p.B_strides.state);
+            C[i] = take_one(raw + Rows::kSlots * Rows::kRow, place, C_row + place.x * p.C_strides.state);
+        }
+        __syncwarp();
+    }
+};
+
+// Whether a lane's states of a row of N floats, `stride` apart, are moved 16 bytes at a time.
+template <int kStates>
+__device__ __forceinline__ bool in_fours(const float *row, int64_t stride, int dstate) {
+    return kStates % 4 == 0 && stride == 1 && dstate % 4 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0;
+}
+
+// States first .. first + kStates-1 of a row of N floats; zeros for those it has not.
+template <int kStates>
+__device__ __forceinline__ void load_states(float (&to)[kStates], const float *row, int64_t stride, int first,
+                                            int dstate) {
+    if (in_fours<kStates>(row, stride, dstate)) {
+#pragma unroll
+        for (int i = 0; i + 4 <= kStates; i += 4) {
+            const float4 v = first + i < dstate ? *reinterpret_cast<const float4 *>(row + first + i) : float4{};
+            to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) to[i] = first + i < dstate ? row[(first + i) * stride] : 0.f;
+    }
+}
+
+template <int kStates>
+__device__ __forceinline__ void store_states(float *row, const float (&h)[kStates], int first, int dstate) {
+    if (in_fours<kStates>(row, 1, dstate)) {
+#pragma unroll
+        for (int i = 0; i + 4 <= kStates; i += 4)
+            if (first + i < dstate)
+                *reinterpret_cast<float4 *>(row + first + i) = make_float4(h[i], h[i + 1], h[i + 2], h[i + 3]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kStates; ++i)
+            if (first + i < dstate) row[first + i] = h[i];
+    }
+}
+
+}  // namespace shedder
