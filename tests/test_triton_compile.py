@@ -35,7 +35,7 @@ class Recorder:
     """Stands in for the kernels of a module and keeps the arguments of every launch."""
 
     def __init__(self, monkeypatch, module):
-        self.launches = []
+        self.launches, self.compiled_ahead = [], []
         for name, kernel in list(vars(module).items()):
             if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, self.of(kernel))
@@ -44,6 +44,9 @@ class Recorder:
         class Launcher:
             def __getitem__(_, grid):
                 return lambda *args, **kwargs: self.launches.append((kernel, args, kwargs))
+
+            def warmup(_, *args, grid, **kwargs):
+                self.compiled_ahead.append((kernel, args, kwargs))
         return Launcher()
 
 
@@ -143,11 +146,11 @@ def test_gated_rmsnorm(check, segments):
     check(gated_rmsnorm.gated_rmsnorm, x, weight, weight, x, segments, [1e-5] * len(segments), False)
 
 
-def variants(recorder):
+def variants(recorder, of="launches"):
     """How many times the launches that were recorded make Triton compile."""
     backend = make_backend(SM90)
     keys = set()
-    for kernel, args, kwargs in recorder.launches:
+    for kernel, args, kwargs in getattr(recorder, of):
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         _, specialization, options = bind(*args, **kwargs)
         keys.add((kernel.__name__, str(specialization), str(sorted(options.items()))))
@@ -156,8 +159,10 @@ def variants(recorder):
 
 def test_layers_of_many_shapes_compile_few_kernels(monkeypatch):
     """64 layers, no two alike, as a pruned model has them: the first output must not wait for 64 compilations."""
+    monkeypatch.setattr(sys.modules[ssd_fused.compile_side_by_side.__module__], "_known", set())
     draw = random.Random(0)
     scans, fused = Recorder(monkeypatch, selective_scan), Recorder(monkeypatch, ssd_fused)
+    convolutions, norms = Recorder(monkeypatch, causal_conv1d), Recorder(monkeypatch, gated_rmsnorm)
     for _ in range(64):
         channels, dstate = draw.randint(300, 5120), draw.randint(2, 16)
         u, projected = torch.empty(1, 100, channels, dtype=BF16).mT, torch.empty(1, 100, 30 + 2 * dstate, dtype=BF16)
@@ -168,9 +173,20 @@ def test_layers_of_many_shapes_compile_few_kernels(monkeypatch):
 
         heads, headdim, dstate = draw.randint(5, 80), draw.randint(13, 64), draw.randint(5, 128)
         inner, vector = heads * headdim, torch.empty(heads)
+        rows = torch.empty(1, 100, 2 * inner + 2 * dstate + heads + 7 & -8, dtype=BF16)
+        conv_channels = inner + 2 * dstate
+        causal_conv1d.causal_conv1d(rows[..., inner:inner + conv_channels].mT, torch.empty(conv_channels, 4), None,
+                                    True, None, None)
+        gated_rmsnorm.gated_rmsnorm(torch.empty(100, inner, dtype=BF16), torch.empty(inner), None, rows[0, :, :inner],
+                                    [inner], [1e-5], False)
         x, B, C = torch.empty(1, 100, inner + 2 * dstate, dtype=BF16).split([inner, dstate, dstate], dim=-1)
         ssd_fused.ssd_fused(x.unflatten(-1, (heads, headdim)), torch.empty(1, 100, heads), vector, B[:, :, None],
                             C[:, :, None], vector, None, vector, True, 0.0, math.inf,
                             torch.zeros(heads, dtype=torch.int32), None, None)
     assert 1 < variants(scans) <= 8
-    assert 1 < variants(fused) <= 8
+    assert 1 < variants(fused) <= 6
+    assert 1 < variants(convolutions) <= 2
+    assert 1 < variants(norms) <= 4
+    ahead = variants(fused, "compiled_ahead")
+    fused.launches += fused.compiled_ahead
+    assert ahead == variants(fused), "something was launched that had not been compiled with the first one"

@@ -16,10 +16,14 @@ from .pointwise import silu
 from .rows import empty_in_rows
 
 
-@triton.jit(do_not_specialize=["channels"])
+# x may be part of wider rows, whose size and address are not specialised: layers that all differ compile few kernels.
+@triton.jit(do_not_specialize=["x_ptr", "channels", "x_batch", "x_channel", "x_time"])
 def _causal_conv1d_kernel(x_ptr, weight_ptr, bias_ptr, initial_ptr, seq_idx_ptr, y_ptr, final_ptr, length, channels,
-                          x_strides, weight_strides, initial_strides, seq_idx_strides, y_strides, bias_stride,
-                          SILU: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+                          x_batch, x_channel, x_time, weight_strides, initial_strides, seq_idx_strides, y_strides,
+                          bias_stride, ADJACENT: tl.constexpr, ALIGN: tl.constexpr, SILU: tl.constexpr,
+                          WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+    # ADJACENT: the axis of x with stride 1 ("channel", "time") or "none". The other strides of x come in units of ALIGN
+    # elements, and its address is a multiple of so many.
     history: tl.constexpr = WIDTH - 1
     time_tiles = tl.maximum(tl.cdiv(length, BLOCK_T), 1)
     tiles = tl.cdiv(channels, BLOCK_C)
@@ -30,7 +34,14 @@ def _causal_conv1d_kernel(x_ptr, weight_ptr, bias_ptr, initial_ptr, seq_idx_ptr,
     t = (time_tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[None, :]
     in_c = c < channels
     live = in_c & (t < length)
-    x_ptr += batch * x_strides[0] + c * x_strides[1]
+    x_ptr = tl.multiple_of(x_ptr + batch * x_batch * ALIGN, ALIGN * x_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    x_step = x_time * ALIGN
+    if ADJACENT == "channel":
+        x_ptr += c
+    else:
+        x_ptr += c * x_channel * ALIGN
+        if ADJACENT == "time":
+            x_step = 1
     if initial_ptr is not None:
         initial_ptr += batch * initial_strides[0] + c * initial_strides[1]
     if seq_idx_ptr is not None:
@@ -48,7 +59,7 @@ def _causal_conv1d_kernel(x_ptr, weight_ptr, bias_ptr, initial_ptr, seq_idx_ptr,
             same = tl.load(seq_idx_ptr + tl.maximum(source, 0) * seq_idx_strides[1], mask=t < length, other=-1) == name
             reach &= same
             before &= same
-        tap = tl.load(x_ptr + source * x_strides[2], mask=reach, other=0.0).to(tl.float32)
+        tap = tl.load(x_ptr + source * x_step, mask=reach, other=0.0).to(tl.float32)
         if initial_ptr is not None:
             tap += tl.load(initial_ptr + (source + history) * initial_strides[2], mask=before, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + c * weight_strides[0] + w * weight_strides[1], mask=in_c, other=0.0)
@@ -63,7 +74,7 @@ def _causal_conv1d_kernel(x_ptr, weight_ptr, bias_ptr, initial_ptr, seq_idx_ptr,
     if time_tile == time_tiles - 1:
         for k in tl.static_range(history):
             place = tl.zeros((), tl.int64) + length - history + k
-            last = tl.load(x_ptr + place * x_strides[2], mask=in_c & (place >= 0), other=0.0)
+            last = tl.load(x_ptr + place * x_step, mask=in_c & (place >= 0), other=0.0)
             if initial_ptr is not None:
                 first = tl.load(initial_ptr + (place + history) * initial_strides[2],
                                 mask=in_c & (place < 0), other=0.0)
@@ -82,11 +93,15 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, in
     if length < block_t:
         block_t = max(4, triton.next_power_of_2(length))
     grid = batch * triton.cdiv(channels, block_c) * max(triton.cdiv(length, block_t), 1)
+    adjacent = "channel" if x.stride(1) == 1 else "time" if x.stride(2) == 1 else "none"
+    outer = [stride for stride, axis in zip(x.stride(), ("batch", "channel", "time"), strict=True) if axis != adjacent]
+    align = 8 if all(size % 8 == 0 for size in (*outer, x.data_ptr() // x.element_size())) else 1
     _causal_conv1d_kernel[(grid,)](
         x, weight, bias, initial_states, seq_idx, y, final_states, length, channels,
-        x.stride(), weight.stride(), None if initial_states is None else initial_states.stride(),
+        *(stride // align for stride in x.stride()), weight.stride(),
+        None if initial_states is None else initial_states.stride(),
         None if seq_idx is None else seq_idx.stride(), y.stride(), None if bias is None else bias.stride(0),
-        SILU=silu, WIDTH=width, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=4)
+        ADJACENT=adjacent, ALIGN=align, SILU=silu, WIDTH=width, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=4)
     return y, final_states
 
 

@@ -18,39 +18,54 @@ from torch import Tensor
 from .pointwise import silu
 
 
-@triton.jit
+# No size or address is specialised: a model whose layers all differ compiles this kernel for few of them.
+@triton.jit(do_not_specialize=["x_ptr", "weight_ptr", "bias_ptr", "z_ptr", "width", "segments", "x_row", "x_column",
+                               "z_row", "z_column", "weight_stride", "bias_stride"])
 def _gated_rmsnorm_kernel(x_ptr, weight_ptr, bias_ptr, z_ptr, bounds_ptr, eps_ptr, y_ptr, width, segments,
-                          x_strides, z_strides, weight_stride, bias_stride,
-                          NORM_BEFORE_GATE: tl.constexpr, BLOCK: tl.constexpr):
+                          x_row, x_column, z_row, z_column, weight_stride, bias_stride,
+                          NORM_BEFORE_GATE: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    # ALIGN is 0 where columns are strided. Else the width and the distances of rows come in units of ALIGN elements, of
+    # which segments are multiples too, and so are addresses.
+    UNIT: tl.constexpr = ALIGN if ALIGN > 0 else 1
+    UNIT_BYTES: tl.constexpr = UNIT * x_ptr.dtype.element_ty.primitive_bitwidth // 8
+    WEIGHT_BYTES: tl.constexpr = UNIT * weight_ptr.dtype.element_ty.primitive_bitwidth // 8
     pid = tl.program_id(0)
     row = (pid // segments).to(tl.int64)
     segment = pid % segments
-    first = tl.load(bounds_ptr + segment)
-    last = tl.load(bounds_ptr + segment + 1)
-    x_ptr += row * x_strides[0]
-    y_ptr += row * width
+    first = tl.multiple_of(tl.load(bounds_ptr + segment), UNIT)
+    last = tl.multiple_of(tl.load(bounds_ptr + segment + 1), UNIT)
+    x_ptr = tl.multiple_of(x_ptr + row * x_row * UNIT, UNIT_BYTES)
+    y_ptr = tl.multiple_of(y_ptr + row * width * UNIT, UNIT_BYTES)
+    weight_ptr = tl.multiple_of(weight_ptr, WEIGHT_BYTES)
     if z_ptr is not None:
-        z_ptr += row * z_strides[0]
+        z_ptr = tl.multiple_of(z_ptr + row * z_row * UNIT, UNIT_BYTES)
 
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(first, last, BLOCK):
-        c = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        v = tl.load(x_ptr + c * x_strides[1], mask=c < last, other=0.0).to(tl.float32)
+        c = tl.multiple_of(start, UNIT) + tl.arange(0, BLOCK)
+        x_place, z_place = c, c
+        if ALIGN == 0:
+            x_place, z_place = c.to(tl.int64) * x_column, c.to(tl.int64) * z_column
+        v = tl.load(x_ptr + x_place, mask=c < last, other=0.0).to(tl.float32)
         if z_ptr is not None and not NORM_BEFORE_GATE:
-            v *= silu(tl.load(z_ptr + c * z_strides[1], mask=c < last, other=0.0).to(tl.float32))
+            v *= silu(tl.load(z_ptr + z_place, mask=c < last, other=0.0).to(tl.float32))
         squares += v * v
     scale = 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / (last - first).to(tl.float32) + tl.load(eps_ptr + segment))
 
     for start in range(first, last, BLOCK):
-        c = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        v = tl.load(x_ptr + c * x_strides[1], mask=c < last, other=0.0).to(tl.float32)
+        c = tl.multiple_of(start, UNIT) + tl.arange(0, BLOCK)
+        x_place, z_place, weight_place, bias_place = c, c, c, c
+        if ALIGN == 0:
+            x_place, z_place = c.to(tl.int64) * x_column, c.to(tl.int64) * z_column
+            weight_place, bias_place = c.to(tl.int64) * weight_stride, c.to(tl.int64) * bias_stride
+        v = tl.load(x_ptr + x_place, mask=c < last, other=0.0).to(tl.float32)
         if z_ptr is not None:
-            gate = silu(tl.load(z_ptr + c * z_strides[1], mask=c < last, other=0.0).to(tl.float32))
+            gate = silu(tl.load(z_ptr + z_place, mask=c < last, other=0.0).to(tl.float32))
             if not NORM_BEFORE_GATE:
                 v *= gate
-        y = v * scale * tl.load(weight_ptr + c * weight_stride, mask=c < last, other=0.0).to(tl.float32)
+        y = v * scale * tl.load(weight_ptr + weight_place, mask=c < last, other=0.0).to(tl.float32)
         if bias_ptr is not None:
-            y += tl.load(bias_ptr + c * bias_stride, mask=c < last, other=0.0).to(tl.float32)
+            y += tl.load(bias_ptr + bias_place, mask=c < last, other=0.0).to(tl.float32)
         if z_ptr is not None and NORM_BEFORE_GATE:
             y *= gate
         tl.store(y_ptr + c, y.to(y_ptr.dtype.element_ty), mask=c < last)
@@ -70,9 +85,17 @@ def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | No
     x = x.reshape(-1, width)
     z = None if z is None else z.reshape(-1, width)
     bounds, eps_table = _segment_table(tuple(segments), tuple(eps), x.device)
-    block = min(4096, max(16, triton.next_power_of_2(max(segments))))
+    tensors = [t for t in (x, z, weight, bias) if t is not None]
+    sizes = [width, x.stride(0), x.stride(0) if z is None else z.stride(0), *accumulate(segments),
+             *(t.data_ptr() // t.element_size() for t in tensors)]
+    align = 0
+    if all(t.stride(-1) == 1 for t in tensors):
+        align = 8 if all(size % 8 == 0 for size in sizes) else 1
+    unit = max(align, 1)
+    block, warps = (512, 4) if max(segments) <= 512 else (2048, 8)
     _gated_rmsnorm_kernel[(x.shape[0] * len(segments),)](
-        x, weight, bias, z, bounds, eps_table, y, width, len(segments),
-        x.stride(), None if z is None else z.stride(), weight.stride(0), None if bias is None else bias.stride(0),
-        NORM_BEFORE_GATE=norm_before_gate, BLOCK=block, num_warps=8 if block >= 2048 else 4)
+        x, weight, bias, z, bounds, eps_table, y, width // unit, len(segments),
+        x.stride(0) // unit, x.stride(1), *((0, 0) if z is None else (z.stride(0) // unit, z.stride(1))),
+        weight.stride(0), 0 if bias is None else bias.stride(0),
+        NORM_BEFORE_GATE=norm_before_gate, ALIGN=align, BLOCK=block, num_warps=warps)
     return y

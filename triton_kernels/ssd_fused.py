@@ -14,11 +14,13 @@ from torch import Tensor
 
 from .packed import sequence_runs
 from .pointwise import LOG2E, discrete_dt, silu
+from .variants import compile_side_by_side
 
 Q, BLOCK_P = 64, 64                    # wgmma takes 64 rows: tokens for the scores, channels for y and the state
 # Strides are named tensor_axis. No size or address is specialised, nor part of a tuple (which would
 # be): a model whose layers all differ compiles this kernel for few of them.
-_SIZES = ["x_ptr", "B_ptr", "C_ptr", "z_ptr", "length", "heads", "headdim", "dstate",
+_SIZES = ["x_ptr", "dt_ptr", "A_ptr", "B_ptr", "C_ptr", "D_ptr", "z_ptr", "dt_bias_ptr", "head_to_group_ptr",
+          "length", "heads", "headdim", "dstate",
           "x_b", "x_t", "x_h", "x_p", "B_b", "B_t", "B_g", "B_n", "C_b", "C_t", "C_g", "C_n", "z_b", "z_t", "z_h",
           "z_p", "dt_b", "dt_t", "dt_h", "D_h", "D_p", "initial_b", "initial_h", "initial_p", "initial_n", "A_h",
           "dt_bias_h", "head_to_group_h"]
@@ -167,14 +169,21 @@ def ssd_fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
     if any(one[3] != 1 for one in strides):
         align = 0
     unit = max(align, 1)
-    _ssd_fused_kernel[(batch * heads * triton.cdiv(headdim, BLOCK_P),)](
-        x, dt, A, B, C, D, z, dt_bias, head_to_group, initial_states, runs, y, final_states,
-        length, heads, headdim // unit, dstate // unit, dt_min, dt_max,
+    given = (x, dt, A, B, C, D, z, dt_bias, head_to_group, initial_states, runs)
+    arguments = (
+        *given, y, final_states, length, heads, headdim // unit, dstate // unit, dt_min, dt_max,
         *(size for one in strides for size in (*(size // unit for size in one[:3]), one[3])), *dt.stride(),
         *((0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)),
         *((0, 0, 0, 0) if initial_states is None else initial_states.stride()),
-        A.stride(0), 0 if dt_bias is None else dt_bias.stride(0), head_to_group.stride(0),
-        DT_SOFTPLUS=dt_softplus, DT_LIMITED=(dt_min, dt_max) != (0.0, float("inf")), ALIGN=align,
-        FAR=max(Q * one[1] + 256 * one[3] for one in strides) >= 2 ** 31,
-        Q=Q, BLOCK_P=BLOCK_P, BLOCK_N=64 if dstate <= 64 else 128, num_warps=4, num_stages=2)
+        A.stride(0), 0 if dt_bias is None else dt_bias.stride(0), head_to_group.stride(0))
+    limited = (dt_min, dt_max) != (0.0, float("inf"))
+    far = max(Q * one[1] + 256 * one[3] for one in strides) >= 2 ** 31
+    options = {"DT_SOFTPLUS": dt_softplus, "DT_LIMITED": limited, "FAR": far, "Q": Q, "BLOCK_P": BLOCK_P,
+               "num_warps": 4, "num_stages": 2}
+    if align > 0:
+        kind = (x.device, dt_softplus, limited, far, *(None if t is None else t.dtype for t in given))
+        compile_side_by_side(_ssd_fused_kernel, kind, arguments,
+                             [{"ALIGN": a, "BLOCK_N": n} for n in (128, 64) for a in (1, 4, 8)], **options)
+    _ssd_fused_kernel[(batch * heads * triton.cdiv(headdim, BLOCK_P),)](
+        *arguments, ALIGN=align, BLOCK_N=64 if dstate <= 64 else 128, **options)
     return y, final_states
