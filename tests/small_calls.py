@@ -67,6 +67,8 @@ def scans() -> Iterator[Call]:
         yield scan(2, 13001, 9, dstate)
     for dstate in range(1, 17):                         # many channels, rows on the grid
         yield scan(2, 17001, 72, dstate, F16 if dstate % 2 else BF16)
+    for channels, dstate in ((9001, 2), (5001, 7), (1500, 12), (9001, 16)):     # and off it
+        yield scan(2, channels, 277, dstate, F16 if dstate % 2 else BF16)
     for dstate in (4, 8, 12):
         yield scan(2, 4500, 24, dstate)
         yield scan(2, 45, 24, dstate)
@@ -103,6 +105,7 @@ def ssds(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
     yield ssd(2, 130, 7, 64, 100, groups=(1, 0, 2, 2, 0, 1, 1))
     yield ssd(1, 130, 4, 56, 104, groups=(0, 0, 1, 1), extras=False)
     yield ssd(1, 1, 4, 64, 128)
+    yield ssd(1, 1000, 3, 64, 128)                      # segments
     yield ssd(4, 130, 67, 61, 101, packed=True)         # clusters
     yield ssd(4, 270, 67, 61, 101, extras=False)        # and heads taken in parts
     yield ssd(4, 270, 67, 64, 64, extras=False)

@@ -60,6 +60,15 @@ def test_rows_lie_anywhere(order, size, pitch, start):
     assert torch.equal(final.double(), expected_final)
 
 
+@pytest.mark.parametrize("order", ["time", "channels"])
+def test_states_nobody_asks_for_are_left_out(order):
+    x = torch.randn(2, 77, 130, device="cuda", dtype=BF16)
+    x = x.transpose(1, 2) if order == "channels" else x
+    given = x, torch.randn(x.shape[1], 4, device="cuda"), None, True, None, None
+    y, final = cuda.causal_conv1d(*given, return_state=False)
+    assert final.numel() == 0 and torch.equal(y, cuda.causal_conv1d(*given)[0])
+
+
 def test_strides_without_an_adjacent_dimension():
     x = torch.randn(2, 30, 40, 2, device="cuda", dtype=BF16)[..., 0]
     expanded = torch.randn(2, 1, 40, device="cuda", dtype=BF16).expand(-1, 30, -1)

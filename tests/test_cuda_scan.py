@@ -243,6 +243,13 @@ def test_matches_the_recurrence_where_lanes_share_channels(dstate, channels):
     assert_matches(inputs(2, channels, 70, dstate, torch.float16))
 
 
+@pytest.mark.parametrize("channels", [75, 4500, 13000])
+def test_a_state_nobody_asks_for_is_left_out(channels):
+    case = inputs(2, channels, 40, 11, torch.bfloat16)
+    y, final = cuda.selective_scan(*case.values(), return_state=False)
+    assert final.numel() == 0 and torch.equal(y, run(case)[0])
+
+
 def test_rows_may_start_anywhere():
     case = inputs(2, 40, 40, 16, torch.bfloat16)
     for start, name in enumerate(("u", "delta", "z", "B", "C")):

@@ -219,6 +219,19 @@ def test_runs_on_the_current_stream_and_in_a_graph():
     assert torch.equal(y, want)
 
 
+@pytest.mark.parametrize(("segments", "portable"), [(1, False), (4, False), (1, True)])
+def test_states_nobody_asks_for_are_left_out(segments, portable):
+    case = inputs(length=520, initial=True)
+    y, final = cuda.ssd(*case.values(), return_state=False, segments=segments, portable=portable)
+    assert final.numel() == 0
+    assert torch.equal(y, cuda.ssd(*case.values(), segments=segments, portable=portable)[0])
+
+
+@pytest.mark.parametrize("segments", [2, 7, 33, 160])        # of 160 chunks: more are waited for than a CTA has threads
+def test_segments_take_the_states_of_all_before(segments):
+    assert_matches(inputs(1, 64 * 160 - 5, 2, 48, 96, initial=True, packed=segments == 7), segments)
+
+
 def test_concurrent_segments_give_the_same_each_time():
     case = inputs(2, 2000, 80)
     want = run(case, 5)

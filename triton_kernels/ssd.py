@@ -103,7 +103,8 @@ def _ssd_states_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, dt_bias_ptr, head_to_group_p
                     mask=live[:, None] & in_n[None, :], other=0.0).to(operand)
         state = tl.dot((x * to_state[None, :]).to(operand), B, state * keep, input_precision="tf32x3")
 
-    tl.store(final_ptr + (batch * heads + head) * headdim * dstate + place, state, mask=tile)
+    if final_ptr is not None:
+        tl.store(final_ptr + (batch * heads + head) * headdim * dstate + place, state, mask=tile)
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -192,23 +193,24 @@ def _blocks(dstate: int, itemsize: int) -> dict[str, int]:
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-        initial_states: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
     """x, z (B, L, H, P); dt (B, L, H); B, C (B, L, G, N) -> y (B, L, H, P), final states (B, H, P, N) fp32."""
     batch, length, heads, headdim = x.shape
     dstate = B.shape[-1]
     if x.element_size() == 2 and dstate <= 128:
         return ssd_fused(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, head_to_group, initial_states,
-                         seq_idx)
+                         seq_idx, return_state)
     blocks = _blocks(dstate, x.element_size())
     chunks, p_tiles = triton.cdiv(length, blocks["Q"]), triton.cdiv(headdim, blocks["BLOCK_P"])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     states = torch.empty(batch, chunks, heads, headdim, dstate, dtype=x.dtype, device=x.device)    # before each chunk
-    final_states = torch.empty(batch, heads, headdim, dstate, dtype=torch.float32, device=x.device)
+    shape = (batch, heads, headdim, dstate) if return_state else (0,)
+    final_states = torch.empty(shape, dtype=torch.float32, device=x.device)
     runs = None if seq_idx is None else sequence_runs(seq_idx)
     dt_bias_stride = None if dt_bias is None else dt_bias.stride(0)
     limited = (dt_min, dt_max) != (0.0, float("inf"))
     _ssd_states_kernel[(batch * heads * p_tiles * triton.cdiv(dstate, blocks["BLOCK_N"]),)](
-        x, dt, A, B, dt_bias, head_to_group, initial_states, runs, states, final_states,
+        x, dt, A, B, dt_bias, head_to_group, initial_states, runs, states, final_states if return_state else None,
         length, heads, headdim, dstate, dt_min, dt_max,
         x.stride(), dt.stride(), B.stride(), None if initial_states is None else initial_states.stride(),
         A.stride(0), dt_bias_stride, head_to_group.stride(0),

@@ -149,18 +149,21 @@ def _ssd_fused_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_
         C_ptr += (tl.zeros((), tl.int64) + Q) * C_step
         y_ptr += (tl.zeros((), tl.int64) + Q) * heads * headdim
 
-    tl.store(final_ptr + (batch * heads + head) * headdim * dstate + p[:, None] * dstate + n[None, :], state,
-             mask=in_state)
+    if final_ptr is not None:
+        tl.store(final_ptr + (batch * heads + head) * headdim * dstate + p[:, None] * dstate + n[None, :], state,
+                 mask=in_state)
 
 
 def ssd_fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
               z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
-              head_to_group: Tensor, initial_states: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+              head_to_group: Tensor, initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
+              ) -> tuple[Tensor, Tensor]:
     """x, z (B, L, H, P); dt (B, L, H); B, C (B, L, G, N) -> y (B, L, H, P), final states (B, H, P, N) fp32."""
     batch, length, heads, headdim = x.shape
     dstate = B.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_states = torch.empty(batch, heads, headdim, dstate, dtype=torch.float32, device=x.device)
+    shape = (batch, heads, headdim, dstate) if return_state else (0,)
+    final_states = torch.empty(shape, dtype=torch.float32, device=x.device)
     runs = None if seq_idx is None else sequence_runs(seq_idx)
     inputs = [x, B, C, x if z is None else z]
     strides = [t.stride() for t in inputs]
@@ -171,7 +174,8 @@ def ssd_fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
     unit = max(align, 1)
     given = (x, dt, A, B, C, D, z, dt_bias, head_to_group, initial_states, runs)
     arguments = (
-        *given, y, final_states, length, heads, headdim // unit, dstate // unit, dt_min, dt_max,
+        *given, y, final_states if return_state else None,
+        length, heads, headdim // unit, dstate // unit, dt_min, dt_max,
         *(size for one in strides for size in (*(size // unit for size in one[:3]), one[3])), *dt.stride(),
         *((0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)),
         *((0, 0, 0, 0) if initial_states is None else initial_states.stride()),
@@ -181,7 +185,7 @@ def ssd_fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
     options = {"DT_SOFTPLUS": dt_softplus, "DT_LIMITED": limited, "FAR": far, "Q": Q, "BLOCK_P": BLOCK_P,
                "num_warps": 4, "num_stages": 2}
     if align > 0:
-        kind = (x.device, dt_softplus, limited, far, *(None if t is None else t.dtype for t in given))
+        kind = (x.device, dt_softplus, limited, far, return_state, *(None if t is None else t.dtype for t in given))
         compile_side_by_side(_ssd_fused_kernel, kind, arguments,
                              [{"ALIGN": a, "BLOCK_N": n} for n in (128, 64) for a in (1, 4, 8)], **options)
     _ssd_fused_kernel[(batch * heads * triton.cdiv(headdim, BLOCK_P),)](

@@ -20,7 +20,7 @@ struct ConvStrides {
 
 struct CausalConv1dParams {
     const void *x, *initial_states;                          // initial_states may be null
-    void *y, *final_states;                                  // final_states (batch, channel, width-1), contiguous
+    void *y, *final_states;                                  // final_states (batch, channel, width-1), contiguous, or null
     Parameter weight, bias;
     const int32_t *seq_idx;                                  // null: one sequence in each row
     ConvStrides x_strides, y_strides, initial_strides;

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_any(const __grid_c
         const float sum = conv_sum<false, true>(p, window, tap, bias[0], names);
         y[t * p.y_strides.time] = from_float<T>(p.silu ? silu_for<T>(sum) : sum);
     }
-    if (end == p.length)
+    if (end == p.length && p.final_states != nullptr)
         for (int k = 0; k < p.width - 1; ++k)
             static_cast<T *>(p.final_states)[(b * p.channels + c) * (p.width - 1) + k] =
                 conv_input<T>(p, b, c, p.length - (p.width - 1) + k);

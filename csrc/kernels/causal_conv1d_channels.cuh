@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kFull, kPacked>
         to += kGroup * p.y_strides.time;
     }
 
-    if (end == p.length) {
+    if (end == p.length && p.final_states != nullptr) {
         T *final_states = static_cast<T *>(p.final_states) + b * p.channels * (p.width - 1);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {

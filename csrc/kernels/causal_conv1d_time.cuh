@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_time(const __grid_
             }
         }
     }
-    if (end == p.length && lane < p.width - 1)
+    if (end == p.length && lane < p.width - 1 && p.final_states != nullptr)
         static_cast<T *>(p.final_states)[(b * p.channels + c) * (p.width - 1) + lane] =
             input(p.length - (p.width - 1) + lane);
 }

@@ -137,15 +137,18 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     auto decays_of = [&](int stage) -> const SsdDecays & {
         return reinterpret_cast<const SsdDecays *>(shared + Shared::kDecays)[stage];
     };
-    // The state that a CTA leaves, and whether it is there.
+    // A state that a CTA leaves, and minus the decay over the segment that it ends, which is not 0 once it is there.
     auto carry = [&](int of) { return p.carry + of * int64_t{kStates16 * 8 * 128} + threadIdx.x; };
     auto is_left = [&](int of) { return p.tickets + 1 + of; };
-    auto leave = [&](int of) {
+    auto leave = [&](const float *h, int of, float decay) {
+        float *const to = carry(of);
+#pragma unroll
+        for (int i = 0; i < kStates16 * 8; ++i) __stcg(to + i * 128, h[i]);
         __threadfence();
         warpgroup_barrier(1);
-        if (threadIdx.x == 0) release_one(is_left(of));
+        if (threadIdx.x == 0) release(is_left(of), __float_as_int(-decay));
     };
-    auto release = [&](int stage) {                          // to all who copy into it
+    auto release_stage = [&](int stage) {                    // to all who copy into it
         __syncwarp();
         if (lane < p.cluster) barrier_arrive_remote(empty_at + stage * 8, lane);
     };
@@ -185,10 +188,56 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 }
             }
         };
-        float h[kStates16 * 8], kept = 1.f;
+        float h[kStates16 * 8];
+        // h += factor times a state; pair(i): its elements i and i + 1.
+        auto add = [&](float factor, auto &&pair) {
+            constexpr int kCount = kStates16 * 8, kAtOnce = kStates16 <= 8 ? kCount : 16;    // or registers are short
 #pragma unroll
-        for (int i = 0; i < kStates16 * 8; ++i) h[i] = 0.f;
-        if (local) {
+            for (int first = 0; first < kCount; first += kAtOnce) {
+                float2 state[kAtOnce / 2];
+#pragma unroll
+                for (int i = 0; i < kAtOnce; i += 2) state[i / 2] = pair(first + i);
+#pragma unroll
+                for (int i = 0; i < kAtOnce; i += 2) {
+                    h[first + i] += factor * state[i / 2].x;
+                    h[first + i + 1] += factor * state[i / 2].y;
+                }
+                if constexpr (kAtOnce < kCount) asm volatile("" ::: "memory");
+            }
+        };
+        // The state before the piece; first, of a segment, the one that it leaves.
+#pragma unroll 1
+        for (int leaves = local; leaves >= 0; --leaves) {
+#pragma unroll
+            for (int i = 0; i < kStates16 * 8; ++i) h[i] = 0.f;
+            if (piece.takes < 0 && p.initial != nullptr) {
+                const float *const initial[2] = {state_row(p.initial, piece.state, rows, 0),
+                                                 state_row(p.initial, piece.state, rows, 8)};
+                const int states[2] = {exists(rows, 0) ? p.dstate - 2 * q : 0, exists(rows, 8) ? p.dstate - 2 * q : 0};
+                const bool in_pairs = p.dstate % 2 == 0 && reinterpret_cast<uintptr_t>(p.initial) % 8 == 0;
+                add(1.f, [&](int i) {
+                    const float *const from = initial[i / 2 % 2] + i / 4 * 8;
+                    const int left = states[i / 2 % 2] - i / 4 * 8;
+                    if (in_pairs) return left > 0 ? *reinterpret_cast<const float2 *>(from) : float2{};
+                    return make_float2(left > 0 ? from[0] : 0.f, left > 1 ? from[1] : 0.f);
+                });
+            }
+            if (piece.takes >= 0 && !leaves) {
+                for (int i = threadIdx.x; i < piece.taken; i += 128)
+                    while (acquire(is_left(piece.takes - i * piece.apart)) == 0) {}
+                warpgroup_barrier(1);
+                float decay = 1.f;                           // from the end of a segment to the start of this one
+#pragma unroll 1
+                for (int i = 0; i < piece.taken; ++i) {
+                    const int from = piece.takes - i * piece.apart;
+                    const float *const state = carry(from);
+                    const float of_segment = -__int_as_float(__ldcg(is_left(from)));
+                    add(decay, [&](int i) { return make_float2(__ldcg(state + i * 128), __ldcg(state + (i + 1) * 128)); });
+                    decay *= of_segment;
+                }
+            }
+            if (!leaves) break;
+            float decay = 1.f;
 #pragma unroll 1
             for (int chunk = piece.first; chunk < piece.last; ++chunk) {
                 const uint32_t B_at = shared_at + stage * Shared::kStage + Shared::kOperand;
@@ -199,50 +248,15 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 load_channels(weighted, x_at, rest_of(stage));
                 weigh_for_state<Input>(weighted, weighted, decays, q);
                 add_to_state<kStates16, Input>(h, weighted, descriptor(B_at), decays.keep);
-                kept *= decays.keep;
+                decay *= decays.keep;
                 wgmma_wait<0>();
                 pin(h);
-                release(stage);
+                release_stage(stage);
                 if (kExtras && lane == 0 && warp < 2) barrier_arrive(empty_at + stage * 8);  // there is no y to store
                 if (++stage == kStages) stage = 0, parity ^= 1;
             }
+            leave(h, piece.leaves, decay);
         }
-        // h becomes the state before the piece; a local pass leaves the state behind it.
-        auto take_state = [&](auto &&element) {
-            constexpr int kCount = kStates16 * 8, kAtOnce = kStates16 <= 8 ? kCount : 16;    // or registers are short
-#pragma unroll
-            for (int first = 0; first < kCount; first += kAtOnce) {
-                float own[kAtOnce];
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-                    own[i] = h[first + i];
-                    h[first + i] = element(first + i);
-                }
-                if (local)
-#pragma unroll
-                    for (int i = 0; i < kAtOnce; ++i)
-                        __stcg(carry(piece.leaves) + (first + i) * 128, own[i] + kept * h[first + i]);
-                if constexpr (kAtOnce < kCount) asm volatile("" ::: "memory");
-            }
-        };
-        if (piece.takes >= 0) {
-            if (threadIdx.x == 0)
-                while (acquire(is_left(piece.takes)) == 0) {}
-            warpgroup_barrier(1);
-            const float *const left = carry(piece.takes);
-            take_state([&](int i) { return __ldcg(left + i * 128); });
-        } else if (p.initial != nullptr) {
-            const float *const initial[2] = {state_row(p.initial, piece.state, rows, 0),
-                                             state_row(p.initial, piece.state, rows, 8)};
-            const bool there[2] = {exists(rows, 0), exists(rows, 8)};
-            take_state([&](int i) {
-                const int n = i / 4 * 8 + i % 2;
-                return there[i / 2 % 2] && n < p.dstate - 2 * q ? initial[i / 2 % 2][n] : 0.f;
-            });
-        } else {
-            take_state([](int) { return 0.f; });
-        }
-        if (local) leave(piece.leaves);
 
         float skip[2] = {0.f, 0.f};
         if (p.D != nullptr)
@@ -437,18 +451,16 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             wgmma_wait<0>();
             pin(h);
             if constexpr (kEarly) pin(S);
-            release(stage);
+            release_stage(stage);
             if (++stage == kStages) stage = 0, parity ^= 1;
         }
         const SsdPiece ended = piece_of(p, place, index);
         if (ended.leaves >= 0) {
             if (p.segment_chunks > 0) continue;              // what it leaves is there since its local pass
-            float *const behind = carry(ended.leaves);
-#pragma unroll
-            for (int i = 0; i < kStates16 * 8; ++i) __stcg(behind + i * 128, h[i]);
-            leave(ended.leaves);
+            leave(h, ended.leaves, 1.f);
             continue;
         }
+        if (p.final_states == nullptr) continue;
         const SsdRows rows_of_h = rows_of<kExtras>(p, ended.state);
         asm volatile("" : "+r"(thread));                     // hidden, else what follows is kept over the piece
         const int q = thread % 4;

@@ -35,7 +35,7 @@ struct SsdMmaParams {
     const int32_t *runs;                                     // (batch, time), ~run for padding; may be null
     const int32_t *head_to_group;
     void *y;                                                 // (batch, time, head, channel)
-    float *final_states;                                     // (batch, head, channel, state)
+    float *final_states;                                     // (batch, head, channel, state); may be null
     SsdMmaStrides x_strides, B_strides, C_strides, z_strides, dt_strides;
     int64_t A_stride, D_head_stride, D_channel_stride, dt_bias_stride;
     float dt_min, dt_max;
@@ -510,6 +510,7 @@ __global__ void __launch_bounds__(kMmaThreads, SsdMmaTile<Input, kStates16>::kCt
         });
     }
 
+    if (p.final_states == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kStates16 * 2; ++i)
 #pragma unroll

@@ -3,10 +3,9 @@
 // A cluster takes its heads in rounds, neighbours side by side, so that what they read lies together in L2. What is
 // left over after the last full round is taken in parts by several clusters, one after another along the sequence: the
 // first before all else, the last after all else, those between in the middle of another head, so that nobody waits.
-// Where there are few heads, a cluster takes a segment of its heads instead: it finds the states that the segment would
-// leave behind from zeros, waits for those before the segment, leaves what they decay to plus its own, and only then
-// walks along its chunks for y. States wait in `carry`. Tickets are drawn in order, so that the cluster waited for runs
-// or has run.
+// Where there are few heads, a cluster takes a segment of its heads instead: it leaves the states that the segment ends
+// with if zeros come before it, adds up what those of all segments before it decay to, and only then walks along its
+// chunks for y. States wait in `carry`. Tickets are drawn in order, so that the clusters waited for run or have run.
 
 #pragma once
 
@@ -36,9 +35,10 @@ struct SsdParams {
     const int32_t *runs;                                     // (batch, time), ~run for padding; may be null
     const int32_t *head_to_group;
     void *y;                                                 // (batch, time, head, channel)
-    float *final_states;                                     // (batch, head, channel, state)
+    float *final_states;                                     // (batch, head, channel, state); may be null
     float *carry;                                            // states that CTAs leave to others, or to themselves
-    int32_t *tickets;                                        // zeros: the next ticket, then whether each state is left
+    int32_t *tickets;                                        // zeros: the next ticket, then for each state, once it is
+                                                             // left, minus its segment's decay, as a float
     SsdStrides dt_strides;
     int64_t A_stride, D_head_stride, D_channel_stride, dt_bias_stride;
     float dt_min, dt_max;
@@ -64,6 +64,7 @@ struct SsdPlace {
 struct SsdPiece {                                            // chunks of one head (of one of its tiles)
     int unit, state, first, last;
     int takes, leaves;                                       // places of the states before and behind; -1: none
+    int taken, apart;                                        // segments before: their number, from place to place
 };
 
 __device__ __forceinline__ int pieces_of(const SsdParams &p, const SsdPlace &place) {
@@ -73,10 +74,12 @@ __device__ __forceinline__ int pieces_of(const SsdParams &p, const SsdPlace &pla
 
 __device__ __forceinline__ SsdPiece piece_of(const SsdParams &p, const SsdPlace &place, int piece) {
     const int chunks = (p.length + kChunk - 1) / kChunk, ticket = place.ticket;
-    SsdPiece of{ticket, 0, 0, chunks, -1, -1};
+    SsdPiece of{ticket, 0, 0, chunks, -1, -1, 1, 0};
     int takes = -1, leaves = -1;                             // of clusters
     if (p.segment_chunks > 0) {
         of.unit = ticket % p.units;
+        of.taken = ticket / p.units;
+        of.apart = p.units * p.cluster;
         of.first = ticket / p.units * p.segment_chunks;
         of.last = min(of.first + p.segment_chunks, chunks);
         takes = ticket - p.units;

@@ -182,13 +182,13 @@ __device__ __forceinline__ void give_registers() {
 // What these threads wrote to shared memory is seen by wgmma after the next barrier.
 __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A count in memory that stands for what was written before it rose.
-__device__ __forceinline__ void release_one(int32_t *count) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory");
+// A word in memory that stands for what was written before it.
+__device__ __forceinline__ void release(int32_t *word, int32_t value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
-__device__ __forceinline__ int32_t acquire(const int32_t *count) {
+__device__ __forceinline__ int32_t acquire(const int32_t *word) {
     int32_t value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
     return value;
 }
 

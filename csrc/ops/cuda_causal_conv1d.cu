@@ -69,8 +69,7 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
     if (p.length > 1 && x.time == 1 && y.time == 1) {
         constexpr int64_t kCount = 16 / size, kStep = 32 * kCount * kConvVectors;
         const int64_t rows = p.batch * p.channels;
-        const bool same = (reinterpret_cast<uintptr_t>(p.x) - reinterpret_cast<uintptr_t>(p.y)) % 16 == 0
-            && (x.channel - y.channel) * size % 16 == 0 && (x.batch - y.batch) * size % 16 == 0;
+        const bool same = lie_alike(p.x, p.y, size, {x.channel - y.channel, x.batch - y.batch});
         const bool whole = same && p.length % kCount == 0 && on_grid(p.x, size, {x.batch, x.channel});
         const int64_t columns = p.length + (whole ? 0 : kCount - 1);
         // A warp walks over its row, unless there are too few rows or the row is too long for the number of blocks.
@@ -106,21 +105,23 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
 }  // namespace
 
 void causal_conv1d(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, bool silu,
-                   const MaybeTensor &initial_states, const MaybeTensor &seq_idx, Tensor y, Tensor final_states) {
+                   const MaybeTensor &initial_states, const MaybeTensor &seq_idx, Tensor y, MaybeTensor final_states) {
     constexpr ConvParts kAllSideBySide{kMostChannels, 1, 0, 0};
     causal_conv1d_to_parts(x, weight, bias, silu, initial_states, seq_idx, y, final_states, kAllSideBySide);
 }
 
 void causal_conv1d_to_parts(const Tensor &x, const Tensor &weight, const MaybeTensor &bias, bool silu,
                             const MaybeTensor &initial_states, const MaybeTensor &seq_idx, Tensor y,
-                            Tensor final_states, const ConvParts &parts) {
+                            MaybeTensor final_states, const ConvParts &parts) {
     const Arguments arguments{"causal_conv1d", x.get_device_index()};
     CausalConv1dParams p = conv_params(arguments, x, weight, bias, silu, y);
     p.parts = parts;
     const int64_t history = p.width - 1;
-    arguments.check(final_states, "final_states", x.scalar_type(), {p.batch, p.channels, history});
-    STD_TORCH_CHECK(final_states.is_contiguous(), "shedder_cuda::causal_conv1d: final_states is not contiguous");
-    p.final_states = final_states.mutable_data_ptr();
+    if (final_states) {
+        arguments.check(*final_states, "final_states", x.scalar_type(), {p.batch, p.channels, history});
+        arguments.check_contiguous(final_states, "final_states");
+        p.final_states = final_states->mutable_data_ptr();
+    }
     if (initial_states) {
         arguments.check(*initial_states, "initial_states", x.scalar_type(), {p.batch, p.channels, history});
         p.initial_states = history > 0 ? initial_states->const_data_ptr() : nullptr;
@@ -158,7 +159,7 @@ void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weig
 
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {
     m.def("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, Tensor? seq_idx, "
-          "Tensor(a!) y, Tensor(b!) final_states) -> ()");
+          "Tensor(a!) y, Tensor(b!)? final_states) -> ()");
     m.def("causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, "
           "Tensor? cache_seqlens, Tensor? conv_state_indices, Tensor(b!) y) -> ()");
 }

@@ -21,14 +21,14 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
          const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
          bool dt_softplus, double dt_min, double dt_max, const Tensor &head_to_group,
          const std::optional<Tensor> &initial_states, const std::optional<Tensor> &runs, Tensor y,
-         Tensor final_states, int64_t segments);
+         std::optional<Tensor> final_states, int64_t segments);
 
 // ssd for any GPU and for fp32 too; y and final_states as there.
 void ssd_portable(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
                   const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
                   bool dt_softplus, double dt_min, double dt_max, const Tensor &head_to_group,
                   const std::optional<Tensor> &initial_states, const std::optional<Tensor> &runs, Tensor y,
-                  Tensor final_states);
+                  std::optional<Tensor> final_states);
 
 void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
                   const std::optional<Tensor> &D, const std::optional<Tensor> &z, const std::optional<Tensor> &dt_bias,
@@ -37,12 +37,12 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
 
 void causal_conv1d(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, bool silu,
                    const std::optional<Tensor> &initial_states, const std::optional<Tensor> &seq_idx, Tensor y,
-                   Tensor final_states);
+                   std::optional<Tensor> final_states);
 
 // y is (batch, channels, length) with channels adjacent but for the gaps between parts.
 void causal_conv1d_to_parts(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, bool silu,
                             const std::optional<Tensor> &initial_states, const std::optional<Tensor> &seq_idx, Tensor y,
-                            Tensor final_states, const ConvParts &parts);
+                            std::optional<Tensor> final_states, const ConvParts &parts);
 
 void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weight, const std::optional<Tensor> &bias,
                           bool silu, const std::optional<Tensor> &cache_seqlens,

@@ -45,7 +45,7 @@ void launch(const SelectiveScanParams &p, int groups, cudaStream_t stream) {
 void scan_complex(const Tensor &u, const Tensor &delta, const Tensor &A, const Tensor &B, const Tensor &C,
                   const MaybeTensor &D, const MaybeTensor &z, const MaybeTensor &delta_bias,
                   bool delta_softplus, const MaybeTensor &initial_state, const MaybeTensor &channel_to_group,
-                  const MaybeTensor &runs, Tensor y, Tensor final_state) {
+                  const MaybeTensor &runs, Tensor y, MaybeTensor final_state) {
     STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 3 && (B.dim() == 4 || B.dim() == 3) && (C.dim() == 4 || C.dim() == 3),
                     "shedder_cuda::selective_scan_complex takes u (B, D, L), A (D, N, 2), B and C (B, G, N, 2L) or "
                     "(D, N, 2)");
@@ -87,7 +87,7 @@ void scan_complex(const Tensor &u, const Tensor &delta, const Tensor &A, const T
     if (z) arguments.check(*z, "z", dtype, {batch, channels, length});
     arguments.check(y, "y", dtype, {batch, channels, length});
     if (initial_state) p.initial_state = check_pairs(*initial_state, "initial_state", {batch, channels, dstate, 2});
-    check_pairs(final_state, "final_state", {batch, channels, dstate, 2});
+    if (final_state) check_pairs(*final_state, "final_state", {batch, channels, dstate, 2});
     p.channel_to_group = arguments.integers(channel_to_group, "channel_to_group", {channels});
     p.seq_idx = arguments.integers(runs, "runs", {batch, length});
     arguments.check_contiguous(initial_state, "initial_state");
@@ -100,7 +100,7 @@ void scan_complex(const Tensor &u, const Tensor &delta, const Tensor &A, const T
     p.delta = delta.const_data_ptr();
     p.z = z ? z->const_data_ptr() : nullptr;
     p.y = y.mutable_data_ptr();
-    p.final_state = static_cast<float *>(final_state.mutable_data_ptr());
+    p.final_state = final_state ? static_cast<float *>(final_state->mutable_data_ptr()) : nullptr;
     if (groups == 1) p.channel_to_group = nullptr;
     p.u_strides = strides3(u);
     p.delta_strides = strides3(delta);
@@ -130,7 +130,7 @@ void scan_complex(const Tensor &u, const Tensor &delta, const Tensor &A, const T
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {
     m.def("selective_scan_complex(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
           "Tensor? delta_bias, bool delta_softplus, Tensor? initial_state, Tensor? channel_to_group, Tensor? runs, "
-          "Tensor(a!) y, Tensor(b!) final_state) -> ()");
+          "Tensor(a!) y, Tensor(b!)? final_state) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shedder_cuda, CUDA, m) {

@@ -22,13 +22,13 @@ bool is_hopper(int32_t device) {
 
 // Concurrent segments of each head, where the heads leave room on the GPU for several of them at once: as many as take
 // the least time, if that saves a twentieth. By times of an H200, in chunks of a whole sequence: a chunk that is passed
-// twice takes 1.6, 1.3 times as long where two CTAs share a multiprocessor, and a hand-over 4.5.
+// twice takes 1.85, 1.3 times as long where two CTAs share a multiprocessor, and a state taken from another 0.8.
 int best_segments(int64_t units, int slots, int processors, int chunks) {
     int best = 1;
     double least = 0.95 * chunks;
     for (int count = 2; count <= std::min<int64_t>(slots / units, chunks); ++count) {
         const double crowd = count * units > processors ? 1.3 : 1.0;
-        const double time = 1.6 * crowd * ((chunks + count - 1) / count) + 4.5 * (count - 1);
+        const double time = 1.85 * crowd * ((chunks + count - 1) / count) + 0.8 * count;
         if (time < least) best = count, least = time;
     }
     return best;
@@ -38,8 +38,9 @@ int best_segments(int64_t units, int slots, int processors, int chunks) {
 // by line: heads that start anywhere lie in twice as many lines, and then the shares pay; else they cost more than they
 // save. Where heads of y share sectors of L2, they had better be written in step. Measured on an H200
 // (docs/measured-facts.md, SSD).
-int best_cluster(const SsdParams &p, const Tensor &x, const MaybeTensor &z, const Tensor &y) {
-    const bool anywhere = !is_aligned(x, 16) || (z && !is_aligned(*z, 16)) || !is_aligned(y, 32);
+int best_cluster(const SsdParams &p, bool copied, const Tensor &x, const MaybeTensor &z, const Tensor &y) {
+    const bool reads_anywhere = !copied && (!is_aligned(x, 16) || (z && !is_aligned(*z, 16)));
+    const bool anywhere = reads_anywhere || !is_aligned(y, 32);
     return anywhere && p.states >= 2 * multiprocessors(x.get_device_index()) ? 2 : 1;
 }
 
@@ -130,7 +131,7 @@ void launch_for_states(SsdParams &p, const Tensor &B, const Tensor &C, int64_t s
 void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C, const MaybeTensor &D,
          const MaybeTensor &z, const MaybeTensor &dt_bias, bool dt_softplus, double dt_min, double dt_max,
          const Tensor &head_to_group, const MaybeTensor &initial_states, const MaybeTensor &runs, Tensor y,
-         Tensor final_states, int64_t segments) {
+         MaybeTensor final_states, int64_t segments) {
     const ScalarType dtype = x.scalar_type();
     const bool negative_dt = dt_max < 0 || (!dt_softplus && dt_min < 0);     // possible: ssd_fwd takes its logarithm
     if (dtype == ScalarType::Float || negative_dt || !is_hopper(x.get_device_index()))
@@ -149,7 +150,7 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
     arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
         using Input = std::remove_pointer_t<decltype(type)>;
         const auto copies = make_channels_maps(p, x, z, stream);         // freed by torch in the order of the stream
-        p.cluster = best_cluster(p, x, z, y);
+        p.cluster = best_cluster(p, copies.has_value(), x, z, y);
         if constexpr (sizeof(Input) == 2) launch_for_states<Input>(p, B, C, segments, stream);     // as checked above
     });
 }
@@ -159,7 +160,7 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {
     m.def("ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
           "bool dt_softplus, float dt_min, float dt_max, Tensor head_to_group, Tensor? initial_states, Tensor? runs, "
-          "Tensor(a!) y, Tensor(b!) final_states, int segments) -> ()");
+          "Tensor(a!) y, Tensor(b!)? final_states, int segments) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shedder_cuda, CUDA, m) {

@@ -21,7 +21,7 @@ SsdSizes take_ssd_arguments(const Arguments &arguments, Params &p, const Tensor 
                             const Tensor &B, const Tensor &C, const MaybeTensor &D, const MaybeTensor &z,
                             const MaybeTensor &dt_bias, bool dt_softplus, double dt_min, double dt_max,
                             const Tensor &head_to_group, const MaybeTensor &initial_states, const MaybeTensor &runs,
-                            Tensor y, Tensor final_states) {
+                            Tensor y, MaybeTensor final_states) {
     STD_TORCH_CHECK(x.dim() == 4 && B.dim() == 4, "shedder_cuda::ssd takes x (B, L, H, P), B and C (B, L, G, N)");
     const SsdSizes sizes{x.size(0), x.size(1), x.size(2), x.size(3), B.size(2), B.size(3)};
     const auto [batch, length, heads, headdim, groups, dstate] = sizes;
@@ -38,7 +38,8 @@ SsdSizes take_ssd_arguments(const Arguments &arguments, Params &p, const Tensor 
     arguments.check(C, "C", dtype, {batch, length, groups, dstate});
     if (z) arguments.check(*z, "z", dtype, {batch, length, heads, headdim});
     arguments.check(y, "y", dtype, {batch, length, heads, headdim});
-    arguments.check(final_states, "final_states", ScalarType::Float, {batch, heads, headdim, dstate});
+    if (final_states)
+        arguments.check(*final_states, "final_states", ScalarType::Float, {batch, heads, headdim, dstate});
     arguments.check_contiguous(head_to_group, "head_to_group");
     arguments.check_contiguous(initial_states, "initial_states");
     arguments.check_contiguous(runs, "runs");
@@ -58,7 +59,7 @@ SsdSizes take_ssd_arguments(const Arguments &arguments, Params &p, const Tensor 
     p.dt = dt.const_data_ptr();
     p.A = static_cast<const float *>(A.const_data_ptr());
     p.y = y.mutable_data_ptr();
-    p.final_states = static_cast<float *>(final_states.mutable_data_ptr());
+    p.final_states = final_states ? static_cast<float *>(final_states->mutable_data_ptr()) : nullptr;
     p.dt_strides = {dt.stride(0), dt.stride(1), dt.stride(2)};
     p.A_stride = A.stride(0);
     p.D_head_stride = D ? D->stride(0) : 0;

@@ -50,7 +50,7 @@ void launch_for_states(const SsdMmaParams &p, int64_t ctas, cudaStream_t stream)
 void ssd_portable(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, const Tensor &C,
                   const MaybeTensor &D, const MaybeTensor &z, const MaybeTensor &dt_bias, bool dt_softplus,
                   double dt_min, double dt_max, const Tensor &head_to_group, const MaybeTensor &initial_states,
-                  const MaybeTensor &runs, Tensor y, Tensor final_states) {
+                  const MaybeTensor &runs, Tensor y, MaybeTensor final_states) {
     const Arguments arguments{"ssd", x.get_device_index()};
     SsdMmaParams p{};
     const SsdSizes sizes = take_ssd_arguments(arguments, p, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max,
@@ -78,7 +78,7 @@ void ssd_portable(const Tensor &x, const Tensor &dt, const Tensor &A, const Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(shedder_cuda, m) {
     m.def("ssd_portable(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
           "bool dt_softplus, float dt_min, float dt_max, Tensor head_to_group, Tensor? initial_states, Tensor? runs, "
-          "Tensor(a!) y, Tensor(b!) final_states) -> ()");
+          "Tensor(a!) y, Tensor(b!)? final_states) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shedder_cuda, CUDA, m) {

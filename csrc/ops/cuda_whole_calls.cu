@@ -147,10 +147,11 @@ Outputs mamba_chunk_scan_combined(const Tensor &x, const Tensor &dt, const Tenso
         require(x.dim() == 4 && B.dim() == 4 && x.numel() > 0 && x.size(3) <= 256 && dt_min <= dt_max);
         require_chunk_size(chunk_size);
         const Tensor y = empty(x, x.scalar_type(), x.sizes());
-        const Tensor states = empty(x, ScalarType::Float, {x.size(0), x.size(2), x.size(3), B.size(3)});
+        MaybeTensor states;
+        if (return_final_states) states = empty(x, ScalarType::Float, {x.size(0), x.size(2), x.size(3), B.size(3)});
         ssd(x, dt, as_float(A), B, C, as_float(D), z, as_float(dt_bias), dt_softplus, dt_min, dt_max, head_to_group,
             initial_states, std::nullopt, y, states, 0);
-        return {y, return_final_states ? MaybeTensor(states) : std::nullopt};
+        return {y, states};
     });
 }
 
@@ -186,8 +187,7 @@ Outputs mamba_split_conv1d_scan_combined(const Tensor &zxbcdt, const Tensor &con
         const Tensor xBC = empty(zxbcdt, dtype, {batch, length, pitch});
         causal_conv1d_to_parts(view(zxbcdt, inner, {batch, channels, length}, {entry, 1, row}), conv_weight, conv_bias,
                                silu, std::nullopt, std::nullopt,
-                               view(xBC, 0, {batch, channels, length}, {length * pitch, 1, pitch}),
-                               empty(zxbcdt, dtype, {batch, channels, conv_weight.size(1) - 1}),
+                               view(xBC, 0, {batch, channels, length}, {length * pitch, 1, pitch}), std::nullopt,
                                {static_cast<int>(inner), static_cast<int>(dstate), static_cast<int>(states_at),
                                 static_cast<int>(of_group)});
 
@@ -198,7 +198,8 @@ Outputs mamba_split_conv1d_scan_combined(const Tensor &zxbcdt, const Tensor &con
         MaybeTensor z;
         if (!norm_weight) z = view(zxbcdt, 0, by_head, {entry, row, headdim, 1});
         const Tensor y = empty(zxbcdt, dtype, by_head);
-        const Tensor final_states = empty(zxbcdt, ScalarType::Float, {batch, heads, headdim, dstate});
+        MaybeTensor final_states;
+        if (return_final_states) final_states = empty(zxbcdt, ScalarType::Float, {batch, heads, headdim, dstate});
         ssd(view(xBC, 0, by_head, {length * pitch, pitch, headdim, 1}),
             view(zxbcdt, inner + channels, {batch, length, heads}, {entry, row, 1}), as_float(A),
             of_groups(states_at), of_groups(states_at + groups * of_group), MaybeTensor(as_float(D)), z,
@@ -213,7 +214,7 @@ Outputs mamba_split_conv1d_scan_combined(const Tensor &zxbcdt, const Tensor &con
                           std::move(*segment_eps), norm_before_gate, as_rows(normed));
             out = normed;
         }
-        return {out, return_final_states ? MaybeTensor(final_states) : std::nullopt};
+        return {out, final_states};
     });
 }
 
@@ -237,9 +238,10 @@ Outputs causal_conv1d_fn(const Tensor &x, const Tensor &weight, const MaybeTenso
         require(x.dim() == 3 && weight.dim() == 2 && x.numel() > 0);
         require_one_dtype(weight, bias);
         const Tensor y = x.stride(1) == 1 && x.stride(2) != 1 ? empty_in_rows(x) : empty_in_order_of(x);
-        const Tensor states = empty(x, x.scalar_type(), {x.size(0), x.size(1), weight.size(1) - 1});
+        MaybeTensor states;
+        if (return_final_states) states = empty(x, x.scalar_type(), {x.size(0), x.size(1), weight.size(1) - 1});
         causal_conv1d(x, weight, bias, silu, initial_states, seq_idx, y, states);
-        return {y, return_final_states ? MaybeTensor(states) : std::nullopt};
+        return {y, states};
     });
 }
 

@@ -26,29 +26,32 @@ from shedder.triton_kernels.rows import empty_in_rows
 
 
 def _facts(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
-           seq_idx: Tensor | None) -> Facts:
+           seq_idx: Tensor | None, return_state: bool) -> Facts:
     return (("device", x.device.type), ("dtype", x.dtype), ("batch", x.shape[0]), ("length", x.shape[2]),
             ("channels", x.shape[1]), ("width", weight.shape[1]), ("weight_dtype", weight.dtype),
             ("channel_last", x.stride(1) == 1 and x.stride(2) != 1), ("initial_states", initial_states is not None),
             ("seq_idx", seq_idx is not None))
 
 
-def _fake(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return empty_in_rows(x), x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1)
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_in_rows(x), x.new_empty((x.shape[0], x.shape[1], weight.shape[1] - 1) if rest[-1] else (0,))
 
 
 def _recompute(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
-               seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+               seq_idx: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
     if x.shape[2] == 0:
+        y = x * 1
         final = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if initial_states is None else initial_states * 1
-        return x * 1, final
-    return reference.causal_conv1d(x, weight, bias, "silu" if silu else None, initial_states=initial_states,
-                                   seq_idx=seq_idx)
+    else:
+        y, final = reference.causal_conv1d(x, weight, bias, "silu" if silu else None, initial_states=initial_states,
+                                           seq_idx=seq_idx)
+    return y, final if return_state else final.new_empty(0)
 
 
 _causal_conv1d = register(
     "causal_conv1d",
-    "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, Tensor? seq_idx", "(Tensor, Tensor)",
+    "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, Tensor? seq_idx, bool return_state",
+    "(Tensor, Tensor)",
     facts=_facts, fake=_fake, recompute=_recompute)
 
 
@@ -105,7 +108,8 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_
             raise ValueError("final_states_out came with return_final_states=False; accepted: only with True")
         check_shape("final_states_out", final_states_out, states, "(B, D, W-1)")
         check_dtype("final_states_out", final_states_out, (x.dtype,), ", the dtype of x")
-    y, final_states = _causal_conv1d(x, weight, bias, silu, initial_states, seq_idx, backend or "auto")
+    y, final_states = _causal_conv1d(x, weight, bias, silu, initial_states, seq_idx, return_final_states,
+                                     backend or "auto")
     if not return_final_states:
         return y
     return y, (final_states if final_states_out is None else final_states_out.copy_(final_states))

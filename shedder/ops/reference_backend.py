@@ -1,6 +1,7 @@
 """The reference backend: shedder.reference behind the signatures that all backends share.
 
-It runs everywhere and takes every case; it is as slow as a Python loop over time.
+It runs everywhere and takes every case; it is as slow as a Python loop over time. Where the state after the last token
+is not wanted (return_state), an empty tensor stands in its place.
 """
 
 from __future__ import annotations
@@ -33,19 +34,21 @@ def _into(y: Tensor, value: Tensor) -> Tensor:
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
-                   channel_to_group: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+                   channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
+                   ) -> tuple[Tensor, Tensor]:
     y, state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
                                         initial_state=initial_state, channel_to_group=channel_to_group,
                                         seq_idx=seq_idx)
-    return _into(torch.empty_like(u), y), _own(state, initial_state)
+    return _into(torch.empty_like(u), y), _own(state, initial_state) if return_state else state.new_empty(0)
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-        initial_states: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
     y, states = reference.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, (dt_min, dt_max),
                               head_to_group=head_to_group, initial_states=initial_states, seq_idx=seq_idx)
-    return _into(torch.empty(x.shape, dtype=x.dtype, device=x.device), y), _own(states, initial_states)
+    y = _into(torch.empty(x.shape, dtype=x.dtype, device=x.device), y)
+    return y, _own(states, initial_states) if return_state else states.new_empty(0)
 
 
 def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
@@ -62,14 +65,16 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
-                  seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
     final = torch.zeros(*x.shape[:2], weight.shape[1] - 1, dtype=x.dtype, device=x.device)
     y = empty_in_rows(x)
-    if not y.numel():
-        return y, final if initial_states is None else _into(final, initial_states)
-    got, states = reference.causal_conv1d(x, weight, bias, "silu" if silu else None,
-                                          initial_states=initial_states, seq_idx=seq_idx)
-    return _into(y, got), _into(final, states)
+    if y.numel():
+        got, states = reference.causal_conv1d(x, weight, bias, "silu" if silu else None,
+                                              initial_states=initial_states, seq_idx=seq_idx)
+        y, final = _into(y, got), _into(final, states)
+    elif initial_states is not None:
+        final = _into(final, initial_states)
+    return y, final if return_state else final.new_empty(0)
 
 
 def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,

@@ -32,7 +32,7 @@ from shedder.ops.whole import take_whole
 
 def _facts(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
            delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
-           channel_to_group: Tensor | None, seq_idx: Tensor | None) -> Facts:
+           channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool) -> Facts:
     groups = max([M.shape[1] for M in (B, C) if M.dim() == 4], default=1)
     return (("device", u.device.type), ("dtype", u.dtype), ("batch", u.shape[0]), ("length", u.shape[2]),
             ("channels", u.shape[1]), ("dstate", A.shape[1]), ("groups", groups), ("complex", A.is_complex()),
@@ -40,30 +40,33 @@ def _facts(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
             ("seq_idx", seq_idx is not None))
 
 
-def _fake(u: Tensor, delta: Tensor, A: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     state = A.dtype if A.is_complex() else torch.float32
     if u.dtype == torch.float64:
         state = torch.promote_types(state, torch.float64)
-    return torch.empty_like(u), torch.empty(u.shape[0], *A.shape, dtype=state, device=u.device)
+    shape = (u.shape[0], *A.shape) if rest[-1] else (0,)
+    return torch.empty_like(u), torch.empty(shape, dtype=state, device=u.device)
 
 
 def _recompute(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
-               channel_to_group: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-    return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state=initial_state,
-                                    channel_to_group=channel_to_group, seq_idx=seq_idx)
+               channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
+    y, state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+                                        initial_state=initial_state, channel_to_group=channel_to_group, seq_idx=seq_idx)
+    return y, state if return_state else state.new_empty(0)
 
 
 def _check_values(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                   delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
-                  channel_to_group: Tensor | None, seq_idx: Tensor | None) -> None:
+                  channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool) -> None:
     check_group_map("channel_to_group", channel_to_group, max(M.shape[1] if M.dim() == 4 else 1 for M in (B, C)))
 
 
 _selective_scan = register(
     "selective_scan",
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    "bool delta_softplus, Tensor? initial_state, Tensor? channel_to_group, Tensor? seq_idx", "(Tensor, Tensor)",
+    "bool delta_softplus, Tensor? initial_state, Tensor? channel_to_group, Tensor? seq_idx, bool return_state",
+    "(Tensor, Tensor)",
     facts=_facts, fake=_fake, recompute=_recompute, check_values=_check_values)
 
 
@@ -134,7 +137,7 @@ def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     if ngroups > 1 or channel_to_group is not None:
         group_map = as_group_map("channel_to_group", channel_to_group, channels, ngroups, u.device, "channels")
     y, state = _selective_scan(u, delta, A, B, C, parameter(D, u), z, parameter(delta_bias, u), delta_softplus,
-                               initial_state, group_map, seq_idx, backend or "auto")
+                               initial_state, group_map, seq_idx, return_last_state, backend or "auto")
     return (y, state) if return_last_state else y
 
 

@@ -37,36 +37,38 @@ MAX_HEADDIM = 256
 
 def _facts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
            dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-           initial_states: Tensor | None, seq_idx: Tensor | None) -> Facts:
+           initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool) -> Facts:
     return (("device", x.device.type), ("dtype", x.dtype), ("batch", x.shape[0]), ("length", x.shape[1]),
             ("heads", x.shape[2]), ("headdim", x.shape[3]), ("dstate", B.shape[3]), ("groups", B.shape[2]),
             ("dt_dtype", dt.dtype), ("initial_states", initial_states is not None), ("seq_idx", seq_idx is not None))
 
 
-def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, _length, heads, headdim = x.shape
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (torch.empty(x.shape, dtype=x.dtype, device=x.device),
-            torch.empty(batch, heads, headdim, B.shape[3], dtype=state, device=x.device))
+    shape = (batch, heads, headdim, B.shape[3]) if rest[-1] else (0,)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(shape, dtype=state, device=x.device)
 
 
 def _recompute(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-               initial_states: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-    return chunked.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, (dt_min, dt_max), head_to_group, initial_states,
-                       seq_idx)
+               initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
+    y, states = chunked.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, (dt_min, dt_max), head_to_group,
+                            initial_states, seq_idx)
+    return y, states if return_state else states.new_empty(0)
 
 
 def _check_values(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                   dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-                  initial_states: Tensor | None, seq_idx: Tensor | None) -> None:
+                  initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool) -> None:
     check_group_map("head_to_group", head_to_group, B.shape[2])
 
 
 _ssd = register(
     "ssd",
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
-    "float dt_min, float dt_max, Tensor head_to_group, Tensor? initial_states, Tensor? seq_idx", "(Tensor, Tensor)",
+    "float dt_min, float dt_max, Tensor head_to_group, Tensor? initial_states, Tensor? seq_idx, "
+    "bool return_state", "(Tensor, Tensor)",
     facts=_facts, fake=_fake, recompute=_recompute, check_values=_check_values)
 
 
@@ -145,7 +147,7 @@ def mamba_chunk_scan_combined(
         if initial_states is not None:
             check_shape("initial_states", initial_states, (batch, heads, headdim, dstate), "(B, H, P, N)")
         out, states = _ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, group_map, initial_states, seq_idx,
-                           backend)
+                           return_final_states, backend)
         if not return_final_states:
             return out
         return out, states if state_dtype is None else states.to(state_dtype)
@@ -165,7 +167,7 @@ def mamba_chunk_scan_combined(
         part = slice(start, end)
         out, states = _ssd(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, None if z is None else z[:, part],
                            dt_bias, dt_softplus, low, high, group_map, own,
-                           None if seq_idx is None else seq_idx[:, part], backend)
+                           None if seq_idx is None else seq_idx[:, part], True, backend)
         outs.append(out)
         ends.append(states)
     result: tuple[Tensor, ...] = (torch.cat(outs, dim=1),)
