@@ -66,6 +66,11 @@ def test_no_kernel_spills_or_keeps_an_array_in_local_memory(opcodes, family):
     assert not local, "loads and stores of local memory: " + ", ".join(f"{k} {n}" for k, n in local.items())
 
 
+def test_every_kernel_waits_for_the_one_before(opcodes):
+    """All are launched so that they may begin before that one has ended (csrc/ops/cuda_launch.h)."""
+    _assert_all_have(opcodes, "", "ACQBULK")
+
+
 @pytest.mark.parametrize(("family", "opcode"), [("ssd_fwd", "HGMMA"), ("ssd_mma", "HMMA")])
 def test_products_are_done_by_the_tensor_core(opcodes, family, opcode):
     _assert_all_have(opcodes, family, opcode)

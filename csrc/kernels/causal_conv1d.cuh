@@ -9,6 +9,7 @@
 #pragma once
 
 #include "kernels/conv_parts.cuh"
+#include "kernels/dependents.cuh"
 #include "kernels/pointwise.cuh"
 #include "kernels/row_vectors.cuh"
 

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_any(const __grid_c
     float taps[kMaxWidth][1], bias[1], window[kMaxWidth] = {};
     int names[kMaxWidth] = {};
     const bool packed = p.seq_idx != nullptr;
+    wait_for_kernel_before();
     load_conv_taps<false>(p, [&](int) { return c; }, taps, bias);
     const float tap[kMaxWidth] = {taps[0][0], taps[1][0], taps[2][0], taps[3][0]};
 #pragma unroll

@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kFull, kPacked>
         }
         copies_committed();
     };
+    wait_for_kernel_before();
 #pragma unroll
     for (int slot = 0; slot < kAhead; ++slot) fetch(slot);
 

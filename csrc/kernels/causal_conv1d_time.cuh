@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_time(const __grid_
             }
         }
     };
+    wait_for_kernel_before();
     fetch(start);
     // The last lanes hold the inputs before `start`.
     const T edge = lane < 32 - kHistory ? from_float<T>(0.f) : input(start - 32 + lane);

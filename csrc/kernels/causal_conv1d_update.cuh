@@ -25,6 +25,8 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_step(const __grid_
     const int64_t b = task / p.channels;
     if (b >= p.batch) return;
     T *y = static_cast<T *>(p.y) + b * p.y_strides.batch + c * p.y_strides.channel;
+    wait_for_kernel_before();
+    start_dependents();
     const int64_t slot = q.slots == nullptr ? b : q.slots[b * q.slots_stride];
     if (slot < 0) {                                          // a padding row of the batch
         for (int t = 0; t < p.length; ++t) y[t * p.y_strides.time] = from_float<T>(0.f);

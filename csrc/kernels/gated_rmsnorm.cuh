@@ -14,6 +14,7 @@
 
 #pragma once
 
+#include "kernels/dependents.cuh"
 #include "kernels/pointwise.cuh"
 #include "kernels/row_vectors.cuh"
 
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __gri
         next_x[v].fetch(x + row * p.x_row_stride + column[v], exists);
         next_z[v].fetch(z + row * p.z_row_stride + column[v], exists && z != nullptr);
     };
+    wait_for_kernel_before();
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) load(blockIdx.x, v);  // before the weights, which are waited for
     p.weight.visit([&](auto *from) {

@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(kMixerThreads, 1)
     const int ranks = cluster_size(), rank = cluster_rank(), thread = threadIdx.x;
     const int first = min(rank * p.share, p.channels), rows = min(p.share, p.channels - first);
     const int64_t b = blockIdx.x / ranks;
+    wait_for_kernel_before();
     const int64_t slot = p.conv.slots == nullptr ? b : p.conv.slots[b * p.conv.slots_stride];
     Input *y = static_cast<Input *>(p.y) + b * p.channels + first;
     if (slot < 0) {                                          // a padding row of the batch, for the whole cluster

@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(kThreads, kRemovedThreads / kThreads) removed_
     const auto number = [&](RemovedNumber which, int quad) -> Quad & {
         return numbers[(which * kQuads + quad) * kThreads];
     };
+    wait_for_kernel_before();
     const bool normed = q.norm_weight.present();
 
     const int group = thread / kLanes;

@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(ComplexTile<kStates, kLanes>::kThreads, Comple
     Input *y = static_cast<Input *>(p.y) + b * p.y_strides.batch + c * p.y_strides.channel;
     const int32_t *runs = p.seq_idx == nullptr ? nullptr : p.seq_idx + b * p.length;
     const int64_t state_row = (b * p.channels + c) * p.dstate;
+    wait_for_kernel_before();
     const float skip = p.D == nullptr ? 0.f : p.D[c * p.D_stride];
     const float bias = p.delta_bias == nullptr ? 0.f : p.delta_bias[c * p.delta_bias_stride];
 

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "kernels/dependents.cuh"
 #include "kernels/pointwise.cuh"
 
 namespace shedder {
@@ -58,6 +59,7 @@ __global__ void __launch_bounds__(kScanThreads) selective_scan_fwd(SelectiveScan
     const Input *z = p.z == nullptr
         ? nullptr : static_cast<const Input *>(p.z) + b * p.z_strides.batch + c * p.z_strides.channel;
     Input *y = static_cast<Input *>(p.y) + b * p.y_strides.batch + c * p.y_strides.channel;
+    wait_for_kernel_before();
     const int64_t group = p.channel_to_group == nullptr ? 0 : p.channel_to_group[c];
     const int64_t B_row = b * p.B_strides.batch + (p.constant_B ? c : group) * p.B_strides.group;
     const int64_t C_row = b * p.C_strides.batch + (p.constant_C ? c : group) * p.C_strides.group;

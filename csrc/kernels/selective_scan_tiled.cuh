@@ -170,6 +170,8 @@ selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid
         else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(kTeam) : "memory");
     };
 
+    wait_for_kernel_before();
+
     // ---- B and C: each thread brings pieces of rows, kBCRows apart
     const Access BC_access = kAligned ? Access::kVector : access.BC;
     const bool BC_time_first = BC_access != Access::kStrided;

@@ -29,6 +29,7 @@ constexpr int kAlignThreads = 256, kAlignRows = 4;           // of a thread
 // kLanes neighbouring threads have one row.
 template <int kLanes>
 __global__ void __launch_bounds__(kAlignThreads) ssd_align(const __grid_constant__ SsdAlignParams p) {
+    wait_for_kernel_before();
     start_dependents();                                      // ssd_fwd waits for the end of this kernel all the same
     if (blockIdx.x == 0 && blockIdx.y == 0)
         for (int i = threadIdx.x; i < p.ticket_count; i += kAlignThreads) p.tickets[i] = 0;

@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/dependents.cuh"
 #include "kernels/pointwise.cuh"
 #include "kernels/shared_address.cuh"
 
@@ -307,6 +308,7 @@ __global__ void __launch_bounds__(kMmaThreads, SsdMmaTile<Input, kStates16>::kCt
     SsdMmaDecays<kChunk> &decays = *reinterpret_cast<SsdMmaDecays<kChunk> *>(mma_memory + Tile::kDecays);
     const uint32_t shared_at = shared_address(mma_memory);
 
+    wait_for_kernel_before();
     int head = blockIdx.x / p.tiles % p.heads, batch = blockIdx.x / p.tiles / p.heads;
     const int first_channel = blockIdx.x % p.tiles * 64, channels = min(p.headdim - first_channel, 64);
     const int warp = threadIdx.x / 32;

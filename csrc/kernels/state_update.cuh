@@ -17,6 +17,7 @@
 #pragma once
 
 #include "kernels/copy_async.cuh"
+#include "kernels/dependents.cuh"
 #include "kernels/pointwise.cuh"
 #include "kernels/row_vectors.cuh"
 
@@ -102,6 +103,8 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
     const unsigned head = with_head - batches * p.by_heads.divisor;
     const int first_batch = static_cast<int>(batches) * (kTied ? 1 : kRows);
     if (first_batch >= p.batch) return;                      // the whole warp
+    wait_for_kernel_before();
+    start_dependents();
 
     bool exists[kRows];
     unsigned b[kRows], place[kRows];                         // no signs to extend in addresses
@@ -244,6 +247,8 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(State) == 4 ? 5 : 6) stat
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
+    wait_for_kernel_before();
+    start_dependents();
 #pragma unroll
     for (int ahead = 0; ahead < kStepDepth; ++ahead) request(first + ahead, place + ahead * kWords);
 

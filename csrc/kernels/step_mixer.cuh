@@ -132,6 +132,7 @@ __global__ void __launch_bounds__(kMixerThreads) step_mixer_rows(const __grid_co
     const int thread = threadIdx.x, warp = thread / 32, inner = p.heads * p.headdim;
     const int first = min(rank * p.share, inner), rows = min(p.share, inner - first);
     const int64_t b = blockIdx.x / ranks;
+    wait_for_kernel_before();
     const int64_t slot = p.conv.slots == nullptr ? b : p.conv.slots[b * p.conv.slots_stride];
     Input *y = static_cast<Input *>(p.y) + b * inner + first;
     if (slot < 0) {                                          // a padding row of the batch, for the whole cluster

@@ -6,6 +6,7 @@
 #include "kernels/causal_conv1d_channels.cuh"
 #include "kernels/causal_conv1d_time.cuh"
 #include "ops/cuda_conv_step.h"
+#include "ops/cuda_launch.h"
 #include "ops/cuda_launchers.h"
 
 namespace shedder {
@@ -61,9 +62,9 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
         p.steps = static_cast<int>(steps_for(p.length, tiles * p.batch));
         const unsigned blocks = blocks_for(kOp, p.batch * tiles * ((p.length + p.steps - 1) / p.steps), kWarps);
         if (on_grid(p.x, size, {x.batch, x.time}))
-            causal_conv1d_channels<T, true, kFull, kPacked><<<blocks, kConvThreads, 0, stream>>>(p);
+            launch_ctas(causal_conv1d_channels<T, true, kFull, kPacked>, {blocks, kConvThreads}, stream, p);
         else
-            causal_conv1d_channels<T, false, kFull, kPacked><<<blocks, kConvThreads, 0, stream>>>(p);
+            launch_ctas(causal_conv1d_channels<T, false, kFull, kPacked>, {blocks, kConvThreads}, stream, p);
         return;
     }
     if (p.length > 1 && x.time == 1 && y.time == 1) {
@@ -80,16 +81,16 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
         p.steps = static_cast<int>(steps);
         const dim3 blocks(blocks_for(kOp, rows, kWarps), static_cast<unsigned>((columns + steps - 1) / steps));
         if (whole)
-            causal_conv1d_time<T, kFull, kPacked, Grid::kWhole><<<blocks, kConvThreads, 0, stream>>>(p);
+            launch_ctas(causal_conv1d_time<T, kFull, kPacked, Grid::kWhole>, {blocks, kConvThreads}, stream, p);
         else if (same)
-            causal_conv1d_time<T, kFull, kPacked, Grid::kSame><<<blocks, kConvThreads, 0, stream>>>(p);
+            launch_ctas(causal_conv1d_time<T, kFull, kPacked, Grid::kSame>, {blocks, kConvThreads}, stream, p);
         else
-            causal_conv1d_time<T, kFull, kPacked, Grid::kOther><<<blocks, kConvThreads, 0, stream>>>(p);
+            launch_ctas(causal_conv1d_time<T, kFull, kPacked, Grid::kOther>, {blocks, kConvThreads}, stream, p);
         return;
     }
     p.steps = static_cast<int>(steps_for(p.length, (p.batch * p.channels + 31) / 32));
     const int64_t tasks = p.batch * p.channels * ((p.length + p.steps - 1) / p.steps);
-    causal_conv1d_any<T><<<blocks_for(kOp, tasks, kConvThreads), kConvThreads, 0, stream>>>(p);
+    launch_ctas(causal_conv1d_any<T>, {blocks_for(kOp, tasks, kConvThreads), kConvThreads}, stream, p);
 }
 
 template <typename T>
@@ -150,8 +151,7 @@ void causal_conv1d_update(const Tensor &x, Tensor conv_state, const Tensor &weig
     if (tasks == 0) return;
     arguments.launch(x.scalar_type(), [&](auto *type, cudaStream_t stream) {
         using T = std::remove_pointer_t<decltype(type)>;
-        causal_conv1d_step<T>
-            <<<blocks_for(arguments.op, tasks, kConvThreads), kConvThreads, 0, stream>>>(q);
+        launch_ctas(causal_conv1d_step<T>, {blocks_for(arguments.op, tasks, kConvThreads), kConvThreads}, stream, q);
     });
 }
 

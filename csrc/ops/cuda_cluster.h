@@ -6,7 +6,7 @@
 #include <atomic>
 
 #include "ops/cuda_common.h"
-#include "ops/cuda_device.h"
+#include "ops/cuda_launch.h"
 
 namespace shedder {
 
@@ -28,17 +28,8 @@ void launch_clusters(const char *op, void (*kernel)(Params), int64_t clusters, i
                     " needs a GPU with clusters (compute capability 9.0 or above)");
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(clusters * ranks);
-    config.blockDim = threads;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    cudaLaunchKernelEx(&config, kernel, params);
+    launch_ctas(kernel, {static_cast<unsigned>(clusters * ranks), static_cast<unsigned>(threads), shared_bytes,
+                         static_cast<unsigned>(ranks)}, stream, params);
 }
 
 }  // namespace shedder

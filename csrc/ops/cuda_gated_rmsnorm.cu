@@ -6,6 +6,7 @@
 #include "kernels/gated_rmsnorm.cuh"
 #include "ops/cuda_arguments.h"
 #include "ops/cuda_device.h"
+#include "ops/cuda_launch.h"
 #include "ops/cuda_launchers.h"
 
 namespace shedder {
@@ -55,7 +56,7 @@ void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
     const int64_t resident = std::max(int64_t{per_sm} * multiprocessors(device) / kStep, int64_t{1}) * kStep;
     const int64_t rounds = (p.rows + resident - 1) / resident, even = (p.rows + rounds - 1) / rounds;
     const int64_t blocks = std::min(p.rows, (even + kStep - 1) / kStep * kStep);
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(p);
+    launch_ctas(kernel, {static_cast<unsigned>(blocks), static_cast<unsigned>(threads)}, stream, p);
 }
 
 template <typename T>

@@ -7,6 +7,7 @@
 #include "kernels/removed_ssm.cuh"
 #include "ops/cuda_arguments.h"
 #include "ops/cuda_device.h"
+#include "ops/cuda_launch.h"
 
 namespace shedder {
 namespace {
@@ -50,7 +51,7 @@ void launch_removed(RemovedSSMParams &q, int threads, int32_t device, cudaStream
     }
     q.conv.steps = tokens_for(q.conv.length, q.conv.batch, slots[threads / 32]);
     const dim3 blocks((q.conv.length + q.conv.steps - 1) / q.conv.steps, static_cast<unsigned>(q.conv.batch));
-    kernel<<<blocks, threads, bytes, stream>>>(q);
+    launch_ctas(kernel, {blocks, static_cast<unsigned>(threads), bytes}, stream, q);
 }
 
 template <typename T, bool kNormBeforeGate, int kLanes>

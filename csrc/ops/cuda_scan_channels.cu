@@ -6,6 +6,7 @@
 
 #include "kernels/selective_scan_channels.cuh"
 #include "ops/cuda_common.h"
+#include "ops/cuda_launch.h"
 
 namespace shedder {
 namespace {
@@ -38,7 +39,7 @@ void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, cudaStream
     constexpr int kShared = kScanWarps * ScanKinds<Input, kSlots, kOnGrid>::kWarpBytes;
     STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) == cudaSuccess,
                     "shedder_cuda::selective_scan: no ", kShared, " bytes of shared memory");
-    kernel<<<deal.ctas, 32 * kScanWarps, kShared, stream>>>(p, deal);
+    launch_ctas(kernel, {static_cast<unsigned>(deal.ctas), 32 * kScanWarps, kShared}, stream, p, deal);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "kernels/selective_scan_tiled.cuh"
 #include "ops/cuda_arguments.h"
 #include "ops/cuda_device.h"
+#include "ops/cuda_launch.h"
 #include "ops/cuda_launchers.h"
 #include "ops/cuda_scan_channels.h"
 
@@ -26,7 +27,7 @@ template <typename Input, int kStates, int kLanes>
 void launch_general(const SelectiveScanParams &p, cudaStream_t stream) {
     constexpr int kChannels = kScanThreads / kLanes;
     const dim3 grid((p.channels + kChannels - 1) / kChannels, p.batch);
-    selective_scan_fwd<Input, kStates, kLanes><<<grid, kScanThreads, 0, stream>>>(p);
+    launch_ctas(selective_scan_fwd<Input, kStates, kLanes>, {grid, kScanThreads}, stream, p);
 }
 
 template <typename Input>
@@ -50,17 +51,8 @@ void launch_kernel(const SelectiveScanParams &p, const ScanTileAccess &access, i
                         "shedder_cuda::selective_scan: no ", Tile::kSharedBytes, " bytes of shared memory");
     constexpr int kCtaChannels = Tile::kChannels * Tile::kTiles;
     const unsigned ctas = (p.channels + kCtaChannels - 1) / kCtaChannels;
-    cudaLaunchConfig_t config{};
-    config.gridDim = kSegmented ? dim3(segments, ctas, p.batch) : dim3(ctas, 1, p.batch);
-    config.blockDim = Tile::kThreads;
-    config.dynamicSmemBytes = Tile::kSharedBytes;
-    config.stream = stream;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(segments), 1, 1};
-    config.attrs = &cluster;
-    config.numAttrs = kSegmented ? 1 : 0;
-    cudaLaunchKernelEx(&config, kernel, p, access);          // check_launch sees an error
+    const dim3 grid = kSegmented ? dim3(segments, ctas, p.batch) : dim3(ctas, 1, p.batch);
+    launch_ctas(kernel, {grid, Tile::kThreads, Tile::kSharedBytes, static_cast<unsigned>(segments)}, stream, p, access);
 }
 
 bool on_the_grid(const ScanTileAccess &access) {

@@ -4,6 +4,7 @@
 
 #include "kernels/selective_scan_complex.cuh"
 #include "ops/cuda_arguments.h"
+#include "ops/cuda_launch.h"
 
 namespace shedder {
 namespace {
@@ -21,7 +22,7 @@ template <typename Input, int kStates, int kLanes>
 void launch(const SelectiveScanParams &p, int groups, cudaStream_t stream) {
     constexpr int kThreads = ComplexTile<kStates, kLanes>::kThreads, kChannels = kThreads / kLanes;
     const dim3 grid((p.channels + kChannels - 1) / kChannels, p.batch);
-    selective_scan_complex<Input, kStates, kLanes><<<grid, kThreads, 0, stream>>>(p, groups);
+    launch_ctas(selective_scan_complex<Input, kStates, kLanes>, {grid, kThreads}, stream, p, groups);
 }
 
 template <typename Input>

@@ -1,6 +1,7 @@
 // Launcher of the portable SSD: checks, chooses the kernel for the number of states, launches.
 
 #include "kernels/ssd_mma.cuh"
+#include "ops/cuda_launch.h"
 #include "ops/cuda_launchers.h"
 #include "ops/cuda_ssd_arguments.h"
 
@@ -25,7 +26,7 @@ void launch(const SsdMmaParams &p, int64_t ctas, cudaStream_t stream) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes);
     STD_TORCH_CHECK(allowed == cudaSuccess, "shedder_cuda::ssd: ", Tile::kBytes, " bytes of shared memory: ",
                     cudaGetErrorString(allowed));
-    kernel<<<static_cast<unsigned>(ctas), kMmaThreads, Tile::kBytes, stream>>>(p);
+    launch_ctas(kernel, {static_cast<unsigned>(ctas), kMmaThreads, Tile::kBytes}, stream, p);
 }
 
 template <typename Input>

@@ -5,6 +5,7 @@
 #include "kernels/state_update.cuh"
 #include "ops/cuda_arguments.h"
 #include "ops/cuda_device.h"
+#include "ops/cuda_launch.h"
 #include "ops/cuda_launchers.h"
 
 namespace shedder {
@@ -33,9 +34,9 @@ void launch_step(StateUpdateParams &p, bool tied, cudaStream_t stream) {
     p.by_heads = Divisor(static_cast<unsigned>(p.heads));
     const unsigned blocks = blocks_for(kStepOp, tasks, kStepThreads / 32);
     if (tied)
-        state_update_step<Input, State, kWidth, kTiedRows, true><<<blocks, kStepThreads, 0, stream>>>(p);
+        launch_ctas(state_update_step<Input, State, kWidth, kTiedRows, true>, {blocks, kStepThreads}, stream, p);
     else
-        state_update_step<Input, State, kWidth, kRows, false><<<blocks, kStepThreads, 0, stream>>>(p);
+        launch_ctas(state_update_step<Input, State, kWidth, kRows, false>, {blocks, kStepThreads}, stream, p);
 }
 
 // Rows of the batch for a CTA: so many that all CTAs run at once, where that is possible.
@@ -51,7 +52,7 @@ void launch_channels(StateUpdateParams &p, int32_t device, cudaStream_t stream) 
     const int64_t tiles = (p.headdim + kStepThreads - 1) / kStepThreads;
     p.rows = static_cast<int>((p.batch * tiles + slots - 1) / slots);
     const dim3 blocks(static_cast<unsigned>(tiles), (p.batch + p.rows - 1) / p.rows);
-    kernel<<<blocks, kStepThreads, 0, stream>>>(p);
+    launch_ctas(kernel, {blocks, kStepThreads}, stream, p);
 }
 
 }  // namespace
