@@ -109,7 +109,9 @@ struct ScanChannelRows {
                 of_row(i, Rows::kRowPieces, at + i * kCopiedRows * pitch + kPieceSteps);
     }
 
-    // The next tile, of which `left` steps exist, on its way. Zeros for rows and steps not there.
+    // The next tile, of which `left` steps exist, on its way. Zeros for rows and steps not there. kFirst: without the rest
+    // of its lines, for which all warps would wait.
+    template <bool kFirst = false>
     __device__ __forceinline__ void copy(int left, int stage) {
         const auto all = [&](auto copy_rows) {
             const auto copy_tensor = [&](int tensor, const Input *&from, int64_t pitch) {
@@ -123,7 +125,9 @@ struct ScanChannelRows {
         if (all_exist() && left >= kSteps + !Rows::kOnGrid * kPieceSteps)
             all([&](char *to, const Input *from, int64_t pitch) {
                 each_piece<false>(from, pitch, [&](int i, int piece, const Input *at, int) {
-                    copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, piece), at);
+                    char *const place = to + Rows::at(copied_row + i * kCopiedRows, piece);
+                    if (kFirst) copy_async(reinterpret_cast<uint4 *>(place), at);
+                    else copy_async_line(place, at);
                 });
                 const int lane = threadIdx.x % 32;
                 if (!Rows::kOnGrid && lane < Rows::kChannels) {              // the piece behind, of a row for each lane
