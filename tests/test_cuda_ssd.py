@@ -219,6 +219,18 @@ def test_runs_on_the_current_stream_and_in_a_graph():
     assert torch.equal(y, want)
 
 
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("headdim", [*range(15, 65), 72, 80, 100, 128, 200])
+def test_rows_of_y_in_whole_pieces_and_ends(headdim, extras):
+    """Eight heads of any width start anew on the grid of 16 bytes: the copy engine stores y, but for its rows' ends."""
+    assert_matches(inputs(2, 130, 8, headdim, 40, z=extras, packed=extras))
+
+
+def test_rows_of_y_of_many_heads_in_clusters():
+    assert_matches(inputs(4, 200, 72, 61, 101))
+    assert_matches(inputs(4, 200, 72, 59, 48, torch.float16, z=True))
+
+
 @pytest.mark.parametrize(("segments", "portable"), [(1, False), (4, False), (1, True)])
 def test_states_nobody_asks_for_are_left_out(segments, portable):
     case = inputs(length=520, initial=True)

@@ -133,19 +133,29 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
     for (int i = 0; i < pieces_of(p, place); ++i) {
         const SsdPiece piece = piece_of(p, place, i);
         const SsdRows rows = rows_of<kExtras>(p, piece.state);
-        char *y = static_cast<char *>(p.y)
-            + (piece.state / (p.heads * p.tiles) * int64_t{p.length} + piece.first * kChunk) * stride
+        const int batch = piece.state / (p.heads * p.tiles);
+        char *y = static_cast<char *>(p.y) + (batch * int64_t{p.length} + piece.first * kChunk) * stride
             + (rows.head * p.headdim + rows.first_channel) * 2;
         if (p.segment_chunks > 0 && piece.leaves >= 0) stage = (stage + piece.last - piece.first) % kStages;
 #pragma unroll 1
         for (int chunk = piece.first; chunk < piece.last; ++chunk) {
-            const char *const from = shared + (kExtras ? stage * Shared::kStage + 2 * Shared::kOperand + kTileBytes
-                                                       : Shared::kY);
+            const int tile_at = kExtras ? stage * Shared::kStage + 2 * Shared::kOperand + kTileBytes : Shared::kY;
             asm volatile("" : "+r"(thread));                 // hidden, else addresses fill the registers
             barrier_arrive_at<kYTaken>();
             barrier_sync_at<kYThere>();
             const int count = min(p.length - chunk * kChunk, kChunk);
-            store_rows(y, stride, from, rows.first, count, rows.channels, thread);
+            if (p.stores.period > 0) {
+                const int period = p.stores.period;
+                if (thread == 0)
+                    store_box(&p.stores.maps[rows.head % period], rows.first_channel, rows.head / period,
+                              chunk * kChunk, batch, shared_at + tile_at);
+                if ((rows.first | rows.channels) & 7)
+                    store_ends(y - rows.first * 2, stride, shared + tile_at, rows.first, count, rows.channels, thread);
+                if (thread == 0) wait_for_stores_to_read();
+                __syncwarp();
+            } else {
+                store_rows(y, stride, shared + tile_at, rows.first, count, rows.channels, thread);
+            }
             y += kChunk * stride;
             if constexpr (kExtras) {
                 __syncwarp();

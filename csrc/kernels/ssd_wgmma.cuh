@@ -138,6 +138,18 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, in
                  ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(group), "r"(batch), "r"(barrier) : "memory");
 }
 
+// A tile to a box of a tensor map, what lies outside of the tensor left out. By one thread, which waits for the tile to
+// be read.
+__device__ __forceinline__ void store_box(const CUtensorMap *map, int column, int group, int row, int batch,
+                                          uint32_t from) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
+                 "cp.async.bulk.commit_group;"
+                 ::"l"(map), "r"(column), "r"(group), "r"(row), "r"(batch), "r"(from) : "memory");
+}
+__device__ __forceinline__ void wait_for_stores_to_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // A barrier in shared memory completes a phase, of parity 0, 1, 0, ..., when `count` arrivals have come.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -179,7 +191,7 @@ __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// What these threads wrote to shared memory is seen by wgmma after the next barrier.
+// What these threads wrote to shared memory is seen by wgmma and copies of boxes after the next barrier.
 __device__ __forceinline__ void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A word in memory that stands for what was written before it.

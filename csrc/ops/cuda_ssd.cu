@@ -22,13 +22,13 @@ bool is_hopper(int32_t device) {
 
 // Concurrent segments of each head, where the heads leave room on the GPU for several of them at once: as many as take
 // the least time, if that saves a twentieth. By times of an H200, in chunks of a whole sequence: a chunk that is passed
-// twice takes 1.85, 1.3 times as long where two CTAs share a multiprocessor, and a state taken from another 0.8.
+// twice takes 1.85, 1.3 times as long where two CTAs share a multiprocessor, a state taken from another 0.8, the rest 1.
 int best_segments(int64_t units, int slots, int processors, int chunks) {
     int best = 1;
     double least = 0.95 * chunks;
     for (int count = 2; count <= std::min<int64_t>(slots / units, chunks); ++count) {
         const double crowd = count * units > processors ? 1.3 : 1.0;
-        const double time = 1.85 * crowd * ((chunks + count - 1) / count) + 0.8 * count;
+        const double time = 1.85 * crowd * ((chunks + count - 1) / count) + 0.8 * count + 1;
         if (time < least) best = count, least = time;
     }
     return best;
@@ -90,21 +90,9 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
         p.carry = static_cast<float *>(carry->mutable_data_ptr());
         p.tickets = static_cast<int32_t *>(tickets->mutable_data_ptr());
     }
-    // Right before the kernel that may start with it.
     const auto aligned = make_states_maps(p, B, C, kStates16 * 16, places > 0 ? 1 + places : 0, stream);
-    cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(p.clusters * p.cluster);
-    config.blockDim = 256;
-    config.dynamicSmemBytes = kShared;
-    config.stream = stream;
-    cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {static_cast<unsigned>(p.cluster), 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;   // behind ssd_align, which lets it start
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = attributes;
-    config.numAttrs = aligned ? 2 : 1;
-    cudaLaunchKernelEx(&config, kernel, p);                  // check_launch sees an error
+    launch_ctas(kernel, {static_cast<unsigned>(p.clusters * p.cluster), 256, kShared, static_cast<unsigned>(p.cluster)},
+                stream, p);
 }
 
 template <typename Input, int kStates16>
@@ -151,6 +139,7 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
         using Input = std::remove_pointer_t<decltype(type)>;
         const auto copies = make_channels_maps(p, x, z, stream);         // freed by torch in the order of the stream
         p.cluster = best_cluster(p, copies.has_value(), x, z, y);
+        p.stores = make_stores(p, y);
         if constexpr (sizeof(Input) == 2) launch_for_states<Input>(p, B, C, segments, stream);     // as checked above
     });
 }

@@ -11,6 +11,7 @@
 #include "kernels/ssd_align.cuh"
 #include "kernels/ssd_pieces.cuh"
 #include "ops/cuda_arguments.h"
+#include "ops/cuda_launch.h"
 
 namespace shedder {
 
@@ -109,7 +110,7 @@ inline AlignedCopies copy_aligned(const std::vector<const Tensor *> &tensors, in
         const int64_t in_block = kAlignThreads / lanes * kAlignRows;
         a.blocks = static_cast<int>((rows + in_block - 1) / in_block);
         const dim3 grid(blocks_for("ssd", batch * groups * a.blocks, 1), static_cast<unsigned>(tensors.size()));
-        kernel<<<grid, kAlignThreads, 0, stream>>>(a);
+        launch_ctas(kernel, {grid, kAlignThreads}, stream, a);
     };
     if (columns <= 64) start(ssd_align<8>, 8);
     else if (columns <= 128) start(ssd_align<16>, 16);
@@ -193,6 +194,28 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
     p.x = map("x", 0);
     if (z) p.z = map("z", 1);
     return copies;
+}
+
+// The maps of y, which lies like x as ssd_fwd reads it, or none.
+inline SsdStores make_stores(const SsdParams &p, const Tensor &y) {
+    SsdStores stores{};
+    const uint64_t batch = y.size(0), length = y.size(1), heads = p.heads, headdim = p.headdim;
+    const bool alike = p.x.first == 0 && p.x.batch % 8 == 0 && (heads == 1 || (p.x.head - p.headdim) % 8 == 0);
+    if (address_of(y) % 16 != 0 || heads * headdim % 8 != 0 || !alike) return stores;
+    if (p.tiles > 1 && headdim % 8 != 0) return stores;      // tiles of one head would share 16 bytes
+    if (headdim < 16) return stores;                         // a head might have no whole piece of 16 bytes
+    uint64_t period = 1;
+    while (period * headdim % 8 != 0) period *= 2;
+    stores.period = static_cast<int>(period);
+    for (uint64_t head = 0; head < std::min(period, heads); ++head) {
+        const uint64_t first = head * headdim % 8, ahead = first > 0 ? 8 - first : 0;        // channels before the map's
+        const uint64_t sizes[4] = {(headdim - ahead) / 8 * 8, (heads - head + period - 1) / period, length, batch};
+        const uint64_t strides[3] = {period * headdim * 2, heads * headdim * 2, length * heads * headdim * 2};
+        const uint32_t box[4] = {64, 1, kChunk, 1};
+        stores.maps[head] = tensor_map("y", y.scalar_type(), address_of(y) + (head * headdim + ahead) * 2, 4, sizes,
+                                       strides, box);
+    }
+    return stores;
 }
 
 }  // namespace shedder
