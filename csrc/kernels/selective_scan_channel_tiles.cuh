@@ -109,9 +109,20 @@ struct ScanChannelRows {
                 of_row(i, Rows::kRowPieces, at + i * kCopiedRows * pitch + kPieceSteps);
     }
 
-    // The next tile, of which `left` steps exist, on its way. Zeros for rows and steps not there. kFirst: without the rest
-    // of its lines, for which all warps would wait.
-    template <bool kFirst = false>
+    // The lines with which rows begin, into L2: whoever writes them, there they may be at any time.
+    __device__ __forceinline__ void prefetch() const {
+        const auto ask = [&](const Input *from, int64_t pitch) {
+#pragma unroll
+            for (int i = 0; i < Rows::kCopies; ++i)
+                if (copies_row(i)) prefetch_line(from + i * kCopiedRows * pitch);
+        };
+        if (copied_piece > 0) return;
+        ask(u_at, p.u_strides.channel);
+        ask(delta_at, p.delta_strides.channel);
+        if (p.z != nullptr) ask(z_at, p.z_strides.channel);
+    }
+
+    // The next tile, of which `left` steps exist, on its way. Zeros for rows and steps not there.
     __device__ __forceinline__ void copy(int left, int stage) {
         const auto all = [&](auto copy_rows) {
             const auto copy_tensor = [&](int tensor, const Input *&from, int64_t pitch) {
@@ -125,9 +136,7 @@ struct ScanChannelRows {
         if (all_exist() && left >= kSteps + !Rows::kOnGrid * kPieceSteps)
             all([&](char *to, const Input *from, int64_t pitch) {
                 each_piece<false>(from, pitch, [&](int i, int piece, const Input *at, int) {
-                    char *const place = to + Rows::at(copied_row + i * kCopiedRows, piece);
-                    if (kFirst) copy_async(reinterpret_cast<uint4 *>(place), at);
-                    else copy_async_line(place, at);
+                    copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, piece), at);
                 });
                 const int lane = threadIdx.x % 32;
                 if (!Rows::kOnGrid && lane < Rows::kChannels) {              // the piece behind, of a row for each lane

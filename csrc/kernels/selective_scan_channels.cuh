@@ -41,8 +41,9 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
     const int column = rows.column, first_state = column * kStates;
     const int64_t channel = rows.channel, state_row = (b * p.channels + channel) * p.dstate;
 
+    rows.prefetch();
     wait_for_kernel_before();
-    rows.template copy<true>(p.length, 0);
+    rows.copy(p.length, 0);
     BC.read(0, BC_tiles);
     if (Rows::kOnGrid && p.dstate != Rows::kSlots)           // zeros for states not there
         for (int i = threadIdx.x % 32; i < Rows::kStages * Rows::kBCTile; i += 32) BC_tiles[i] = 0.f;

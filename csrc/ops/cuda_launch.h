@@ -12,7 +12,7 @@ struct Ctas {
     dim3 grid;
     unsigned threads;
     int64_t shared_bytes = 0;
-    unsigned cluster = 1;                                    // CTAs of one, along x
+    unsigned cluster = 0;                                    // CTAs of one, along x; 0: there are none
 };
 
 // Whether kernels of this library may begin before the one before has ended: those that run on the current device were
@@ -46,7 +46,7 @@ void launch_ctas(Kernel kernel, const Ctas &ctas, cudaStream_t stream, const Par
         overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         overlap.val.programmaticStreamSerializationAllowed = 1;
     }
-    if (ctas.cluster > 1) {
+    if (ctas.cluster > 0) {
         cudaLaunchAttribute &cluster = attributes[config.numAttrs++];
         cluster.id = cudaLaunchAttributeClusterDimension;
         cluster.val.clusterDim = {ctas.cluster, 1, 1};

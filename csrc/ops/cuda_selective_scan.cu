@@ -52,7 +52,8 @@ void launch_kernel(const SelectiveScanParams &p, const ScanTileAccess &access, i
     constexpr int kCtaChannels = Tile::kChannels * Tile::kTiles;
     const unsigned ctas = (p.channels + kCtaChannels - 1) / kCtaChannels;
     const dim3 grid = kSegmented ? dim3(segments, ctas, p.batch) : dim3(ctas, 1, p.batch);
-    launch_ctas(kernel, {grid, Tile::kThreads, Tile::kSharedBytes, static_cast<unsigned>(segments)}, stream, p, access);
+    const unsigned cluster = kSegmented ? segments : 0;
+    launch_ctas(kernel, {grid, Tile::kThreads, Tile::kSharedBytes, cluster}, stream, p, access);
 }
 
 bool on_the_grid(const ScanTileAccess &access) {

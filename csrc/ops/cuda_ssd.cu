@@ -91,8 +91,8 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
         p.tickets = static_cast<int32_t *>(tickets->mutable_data_ptr());
     }
     const auto aligned = make_states_maps(p, B, C, kStates16 * 16, places > 0 ? 1 + places : 0, stream);
-    launch_ctas(kernel, {static_cast<unsigned>(p.clusters * p.cluster), 256, kShared, static_cast<unsigned>(p.cluster)},
-                stream, p);
+    const unsigned cluster = p.cluster > 1 ? p.cluster : 0;
+    launch_ctas(kernel, {static_cast<unsigned>(p.clusters * p.cluster), 256, kShared, cluster}, stream, p);
 }
 
 template <typename Input, int kStates16>
