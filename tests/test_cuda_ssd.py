@@ -221,8 +221,8 @@ def test_runs_on_the_current_stream_and_in_a_graph():
 
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("headdim", [*range(15, 65), 72, 80, 100, 128, 200])
-def test_rows_of_y_in_whole_pieces_and_ends(headdim, extras):
-    """Eight heads of any width start anew on the grid of 16 bytes: the copy engine stores y, but for its rows' ends."""
+def test_rows_of_y_of_any_width(headdim, extras):
+    """The copy engine stores those of whole pieces of 16 bytes."""
     assert_matches(inputs(2, 130, 8, headdim, 40, z=extras, packed=extras))
 
 

@@ -109,19 +109,6 @@ struct ScanChannelRows {
                 of_row(i, Rows::kRowPieces, at + i * kCopiedRows * pitch + kPieceSteps);
     }
 
-    // The lines with which rows begin, into L2: whoever writes them, there they may be at any time.
-    __device__ __forceinline__ void prefetch() const {
-        const auto ask = [&](const Input *from, int64_t pitch) {
-#pragma unroll
-            for (int i = 0; i < Rows::kCopies; ++i)
-                if (copies_row(i)) prefetch_line(from + i * kCopiedRows * pitch);
-        };
-        if (copied_piece > 0) return;
-        ask(u_at, p.u_strides.channel);
-        ask(delta_at, p.delta_strides.channel);
-        if (p.z != nullptr) ask(z_at, p.z_strides.channel);
-    }
-
     // The next tile, of which `left` steps exist, on its way. Zeros for rows and steps not there.
     __device__ __forceinline__ void copy(int left, int stage) {
         const auto all = [&](auto copy_rows) {

@@ -41,7 +41,6 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
     const int column = rows.column, first_state = column * kStates;
     const int64_t channel = rows.channel, state_row = (b * p.channels + channel) * p.dstate;
 
-    rows.prefetch();
     wait_for_kernel_before();
     rows.copy(p.length, 0);
     BC.read(0, BC_tiles);

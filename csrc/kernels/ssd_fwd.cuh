@@ -271,9 +271,6 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             const int row = row0 + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * q + i % 2;
             if (column <= row) seen |= 1u << i;
         }
-        // Where the copy engine stores y, its tile begins with the first whole piece of 16 bytes in memory.
-        const int pieces_before = p.stores.period > 0 && rows.first > 0;
-        uint32_t y_offset = tile_offset(lane % 8 + 8 * (block >> 1), (warp * 2 + (block & 1) - pieces_before & 7) * 16);
         uint32_t S_at = scores_at + tile_offset(warp * 16 + lane % 8 + 8 * (block & 1), (block >> 1) * 16);
         float S[32];
         auto begin_scores = [&](int stage) {                 // C B^T of a stage, on its way
@@ -301,7 +298,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             const uint32_t x_at = B_at + Shared::kOperand;
             const SsdDecays &decays = decays_of(stage);
             // Hidden, else addresses and single bits fill the registers.
-            asm volatile("" : "+r"(S_at), "+r"(x_offset), "+r"(y_offset), "+r"(thread), "+r"(seen));
+            asm volatile("" : "+r"(S_at), "+r"(x_offset), "+r"(thread), "+r"(seen));
             const int row0 = thread / 32 * 16 + thread / 4 % 8, q = thread % 4;
             const uint64_t C_tile = descriptor(C_at), B_tile = descriptor(B_at), S_tile = descriptor(scores_at);
             float y[32];
@@ -446,7 +443,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 const float *v = y + pair * 8;
-                store_transposed(shared_at + y_tile + y_offset + pair * 2048, pack<Input>(v[0], v[1]),
+                store_transposed(shared_at + y_tile + x_offset + pair * 2048, pack<Input>(v[0], v[1]),
                                  pack<Input>(v[2], v[3]), pack<Input>(v[4], v[5]), pack<Input>(v[6], v[7]));
             }
             fence_for_wgmma();                               // boxes are stored from there, or copied to it

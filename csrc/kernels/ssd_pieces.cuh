@@ -26,24 +26,17 @@ struct SsdOperand {
     int batch, batches;                                      // columns between batch entries and 0, or 0 and 1
 };
 
-// Tensor maps through which y is stored: (batch, token, head / period, channel), one for each head of a period, after
-// which heads lie alike against the grid of 16 bytes. Of the channels a map has those in whole pieces of 16 bytes.
-struct SsdStores {
-    static constexpr int kMostPeriod = 8;
-    CUtensorMap maps[kMostPeriod];
-    int period;                                              // 0: there are none
-};
-
 struct SsdParams {
     CUtensorMap C, B;                                        // (batch, group, row, state): Input; a share of 64 rows
     SsdOperand x, z;                                         // Input; z where has_z
+    CUtensorMap y_map;                                       // (batch, token, head, channel): Input
     bool has_z;
     const void *dt;                                          // Input, or float where dt_float
     const float *A, *D, *dt_bias, *initial;                  // all but A may be null; initial as final_states
     const int32_t *runs;                                     // (batch, time), ~run for padding; may be null
     const int32_t *head_to_group;
     void *y;                                                 // (batch, time, head, channel)
-    SsdStores stores;
+    bool y_by_boxes;                                         // of the map y_map
     float *final_states;                                     // (batch, head, channel, state); may be null
     float *carry;                                            // states that CTAs leave to others, or to themselves
     int32_t *tickets;                                        // zeros: the next ticket, then for each state, once it is

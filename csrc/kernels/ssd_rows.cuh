@@ -1,9 +1,9 @@
 // Rows of y from SSD's tiles in shared memory to memory.
 //
-// A row of y, the channels of one head and token, starts at any element. Where it lies in its tile as it does in memory,
-// the copy engine stores its whole pieces of 16 bytes, since it knows no smaller ones; their words and halves of words go
-// to memory from here. Else rows go as pieces of 16, 8 or 4 bytes, or as the words of memory that lie wholly in them, and
-// the halves of words at their ends.
+// A row of y, the channels of one head and token, starts at any element. Where rows are whole pieces of 16 bytes, the copy
+// engine stores them, which knows no smaller ones, unless they lie in their tile otherwise than in memory. Else, where
+// both allow, a row goes as pieces of 16, 8 or 4 bytes, or as the words of memory that lie wholly in it, and the halves
+// of words at its ends.
 
 #pragma once
 
@@ -100,32 +100,6 @@ __device__ __forceinline__ void store_words(char *y, int64_t stride, const char 
     const int before = halves_before(row);
     if (before) store_half(0);
     if (before + channels & 1) store_half(channels - 1);
-}
-
-// The ends of rows whose whole pieces of 16 bytes a tensor map stores: what lies before the first of them and behind the
-// last. In the tile these begin with column 0, what lies before with column 56 + first. column0: where in memory column
-// 0 of the first row would be if its first channel were `first`.
-__device__ __forceinline__ void store_ends(char *column0, int64_t stride, const char *tile, int first, int rows,
-                                           int channels, unsigned thread) {
-    const bool behind = thread / 4 % 2 != 0;
-    const int pieces = (first + channels) / 8, shift = first > 0, column = thread % 4 * 2;
-    const int begin = behind ? 0 : shift ? first : 8, end = behind ? (first + channels) % 8 : 8;
-    const bool low = begin <= column && column < end, high = begin <= column + 1 && column + 1 < end;
-    if (!low && !high) return;
-    const int row0 = static_cast<int>(thread / 8);
-    const char *const from = tile + tile_offset(row0, (behind ? pieces - shift : 7) * 16 + column * 2);
-    char *const to = column0 + row0 * stride + (behind ? pieces * 16 : 0) + column * 2;
-    uint32_t v[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = *reinterpret_cast<const uint32_t *>(from + i * 8 * 128);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        if (row0 + i * 8 >= rows) return;
-        char *const at = to + i * 8 * stride;
-        if (low && high) *reinterpret_cast<uint32_t *>(at) = v[i];
-        else if (low) *reinterpret_cast<uint16_t *>(at) = static_cast<uint16_t>(v[i]);
-        else *reinterpret_cast<uint16_t *>(at + 2) = static_cast<uint16_t>(v[i] >> 16);
-    }
 }
 
 // 64 threads store `rows` rows of `channels` elements, `stride` bytes apart; channel c lies in column first + c, modulo

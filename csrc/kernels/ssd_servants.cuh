@@ -144,14 +144,11 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
             barrier_arrive_at<kYTaken>();
             barrier_sync_at<kYThere>();
             const int count = min(p.length - chunk * kChunk, kChunk);
-            if (p.stores.period > 0) {
-                const int period = p.stores.period;
-                if (thread == 0)
-                    store_box(&p.stores.maps[rows.head % period], rows.first_channel, rows.head / period,
-                              chunk * kChunk, batch, shared_at + tile_at);
-                if ((rows.first | rows.channels) & 7)
-                    store_ends(y - rows.first * 2, stride, shared + tile_at, rows.first, count, rows.channels, thread);
-                if (thread == 0) wait_for_stores_to_read();
+            if (p.y_by_boxes) {
+                if (thread == 0) {
+                    store_box(&p.y_map, rows.first_channel, rows.head, chunk * kChunk, batch, shared_at + tile_at);
+                    wait_for_stores_to_read();
+                }
                 __syncwarp();
             } else {
                 store_rows(y, stride, shared + tile_at, rows.first, count, rows.channels, thread);

@@ -196,26 +196,16 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
     return copies;
 }
 
-// The maps of y, which lies like x as ssd_fwd reads it, or none.
-inline SsdStores make_stores(const SsdParams &p, const Tensor &y) {
-    SsdStores stores{};
+// The map of y where its rows are whole pieces of 16 bytes, and those of x begin with one.
+inline void make_y_map(SsdParams &p, const Tensor &y) {
     const uint64_t batch = y.size(0), length = y.size(1), heads = p.heads, headdim = p.headdim;
-    const bool alike = p.x.first == 0 && p.x.batch % 8 == 0 && (heads == 1 || (p.x.head - p.headdim) % 8 == 0);
-    if (address_of(y) % 16 != 0 || heads * headdim % 8 != 0 || !alike) return stores;
-    if (p.tiles > 1 && headdim % 8 != 0) return stores;      // tiles of one head would share 16 bytes
-    if (headdim < 16) return stores;                         // a head might have no whole piece of 16 bytes
-    uint64_t period = 1;
-    while (period * headdim % 8 != 0) period *= 2;
-    stores.period = static_cast<int>(period);
-    for (uint64_t head = 0; head < std::min(period, heads); ++head) {
-        const uint64_t first = head * headdim % 8, ahead = first > 0 ? 8 - first : 0;        // channels before the map's
-        const uint64_t sizes[4] = {(headdim - ahead) / 8 * 8, (heads - head + period - 1) / period, length, batch};
-        const uint64_t strides[3] = {period * headdim * 2, heads * headdim * 2, length * heads * headdim * 2};
-        const uint32_t box[4] = {64, 1, kChunk, 1};
-        stores.maps[head] = tensor_map("y", y.scalar_type(), address_of(y) + (head * headdim + ahead) * 2, 4, sizes,
-                                       strides, box);
-    }
-    return stores;
+    const bool begins = p.x.first == 0 && p.x.batch % 8 == 0 && (heads == 1 || p.x.head % 8 == 0);
+    p.y_by_boxes = begins && headdim % 8 == 0 && address_of(y) % 16 == 0;
+    if (!p.y_by_boxes) return;
+    const uint64_t sizes[4] = {headdim, heads, length, batch};
+    const uint64_t strides[3] = {headdim * 2, heads * headdim * 2, length * heads * headdim * 2};
+    const uint32_t box[4] = {64, 1, kChunk, 1};
+    p.y_map = tensor_map("y", y.scalar_type(), address_of(y), 4, sizes, strides, box);
 }
 
 }  // namespace shedder
