@@ -83,13 +83,12 @@ def _causal_conv1d_kernel(x_ptr, weight_ptr, bias_ptr, initial_ptr, seq_idx_ptr,
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
-                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
+                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor | None]:
     """x (B, D, L) in any memory order; weight (D, W) -> y (B, D, L) in x's order, final states (B, D, W-1)."""
     batch, channels, length = x.shape
     width = weight.shape[1]
     y = empty_in_rows(x)
-    shape = (batch, channels, width - 1) if return_state else (0,)
-    final_states = torch.empty(shape, dtype=x.dtype, device=x.device)
+    final_states = torch.empty(batch, channels, width - 1, dtype=x.dtype, device=x.device) if return_state else None
     block_c, block_t = (64, 32) if x.stride(1) == 1 else (8, 256)        # long along what is contiguous
     if length < block_t:
         block_t = max(4, triton.next_power_of_2(length))
@@ -98,8 +97,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, in
     outer = [stride for stride, axis in zip(x.stride(), ("batch", "channel", "time"), strict=True) if axis != adjacent]
     align = 8 if all(size % 8 == 0 for size in (*outer, x.data_ptr() // x.element_size())) else 1
     _causal_conv1d_kernel[(grid,)](
-        x, weight, bias, initial_states, seq_idx, y, final_states if return_state else None, length,
-        channels,
+        x, weight, bias, initial_states, seq_idx, y, final_states, length, channels,
         *(stride // align for stride in x.stride()), weight.stride(),
         None if initial_states is None else initial_states.stride(),
         None if seq_idx is None else seq_idx.stride(), y.stride(), None if bias is None else bias.stride(0),

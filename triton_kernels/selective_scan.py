@@ -214,13 +214,12 @@ def _unit_axis(strides: tuple[int, ...]) -> int:
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
                    channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
-                   ) -> tuple[Tensor, Tensor]:
+                   ) -> tuple[Tensor, Tensor | None]:
     """u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L) or (D, N) -> y (B, D, L), final state (B, D, N) fp32."""
     batch, channels, length = u.shape
     dstate = A.shape[1]
     y = torch.empty_like(u)
-    shape = (batch, channels, dstate) if return_state else (0,)
-    final_state = torch.empty(shape, dtype=torch.float32, device=u.device)
+    final_state = torch.empty(batch, channels, dstate, dtype=torch.float32, device=u.device) if return_state else None
     runs = None if seq_idx is None else sequence_runs(seq_idx)
     (B_rows, B_strides), (C_rows, C_strides) = _rows(B), _rows(C)
     if "group" not in (B_rows, C_rows):
@@ -231,9 +230,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     align = 8 if all(size % 8 == 0 for size in (length, *others)) else 1
     blocks = _blocks(dstate, B_rows == C_rows == "shared", align)
     _selective_scan_kernel[(batch * triton.cdiv(channels, blocks["BLOCK_C"]),)](
-        u, delta, A, B, C, D, z, delta_bias, initial_state, runs, channel_to_group, y,
-        final_state if return_state else None, length // align, channels, dstate,
-        *(size // align for one in strides for size in one),
+        u, delta, A, B, C, D, z, delta_bias, initial_state, runs, channel_to_group, y, final_state,
+        length // align, channels, dstate, *(size // align for one in strides for size in one),
         *A.stride(), *((0, 0, 0) if initial_state is None else initial_state.stride()),
         0 if D is None else D.stride(0), 0 if delta_bias is None else delta_bias.stride(0),
         0 if channel_to_group is None else channel_to_group.stride(0),

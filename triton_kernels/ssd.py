@@ -193,7 +193,8 @@ def _blocks(dstate: int, itemsize: int) -> dict[str, int]:
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
+        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
+        ) -> tuple[Tensor, Tensor | None]:
     """x, z (B, L, H, P); dt (B, L, H); B, C (B, L, G, N) -> y (B, L, H, P), final states (B, H, P, N) fp32."""
     batch, length, heads, headdim = x.shape
     dstate = B.shape[-1]
@@ -204,13 +205,14 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
     chunks, p_tiles = triton.cdiv(length, blocks["Q"]), triton.cdiv(headdim, blocks["BLOCK_P"])
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     states = torch.empty(batch, chunks, heads, headdim, dstate, dtype=x.dtype, device=x.device)    # before each chunk
-    shape = (batch, heads, headdim, dstate) if return_state else (0,)
-    final_states = torch.empty(shape, dtype=torch.float32, device=x.device)
+    final_states = None
+    if return_state:
+        final_states = torch.empty(batch, heads, headdim, dstate, dtype=torch.float32, device=x.device)
     runs = None if seq_idx is None else sequence_runs(seq_idx)
     dt_bias_stride = None if dt_bias is None else dt_bias.stride(0)
     limited = (dt_min, dt_max) != (0.0, float("inf"))
     _ssd_states_kernel[(batch * heads * p_tiles * triton.cdiv(dstate, blocks["BLOCK_N"]),)](
-        x, dt, A, B, dt_bias, head_to_group, initial_states, runs, states, final_states if return_state else None,
+        x, dt, A, B, dt_bias, head_to_group, initial_states, runs, states, final_states,
         length, heads, headdim, dstate, dt_min, dt_max,
         x.stride(), dt.stride(), B.stride(), None if initial_states is None else initial_states.stride(),
         A.stride(0), dt_bias_stride, head_to_group.stride(0),

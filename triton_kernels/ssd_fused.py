@@ -157,13 +157,14 @@ def _ssd_fused_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_
 def ssd_fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
               z: Tensor | None, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float,
               head_to_group: Tensor, initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
-              ) -> tuple[Tensor, Tensor]:
+              ) -> tuple[Tensor, Tensor | None]:
     """x, z (B, L, H, P); dt (B, L, H); B, C (B, L, G, N) -> y (B, L, H, P), final states (B, H, P, N) fp32."""
     batch, length, heads, headdim = x.shape
     dstate = B.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shape = (batch, heads, headdim, dstate) if return_state else (0,)
-    final_states = torch.empty(shape, dtype=torch.float32, device=x.device)
+    final_states = None
+    if return_state:
+        final_states = torch.empty(batch, heads, headdim, dstate, dtype=torch.float32, device=x.device)
     runs = None if seq_idx is None else sequence_runs(seq_idx)
     inputs = [x, B, C, x if z is None else z]
     strides = [t.stride() for t in inputs]
@@ -174,8 +175,7 @@ def ssd_fused(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
     unit = max(align, 1)
     given = (x, dt, A, B, C, D, z, dt_bias, head_to_group, initial_states, runs)
     arguments = (
-        *given, y, final_states if return_state else None,
-        length, heads, headdim // unit, dstate // unit, dt_min, dt_max,
+        *given, y, final_states, length, heads, headdim // unit, dstate // unit, dt_min, dt_max,
         *(size for one in strides for size in (*(size // unit for size in one[:3]), one[3])), *dt.stride(),
         *((0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)),
         *((0, 0, 0, 0) if initial_states is None else initial_states.stride()),

@@ -1,6 +1,8 @@
-# A model whose layers all differ asks for one variant of a kernel after another, and would wait for each. So the first
-# that is asked for brings the others with it, compiled side by side: that takes little longer than one of them.
-"""Variants of a Triton kernel, compiled side by side."""
+"""Variants of a Triton kernel, compiled side by side.
+
+A model whose layers all differ asks for one variant of a kernel after another, and would wait for each. So the first
+that is asked for brings the others with it, which takes little longer than one of them.
+"""
 
 from collections.abc import Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor

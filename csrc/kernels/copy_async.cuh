@@ -1,4 +1,4 @@
-// Copies into shared memory that need no registers on their way; lines asked into L2.
+// Copies into shared memory that need no registers on their way.
 
 #pragma once
 
@@ -27,7 +27,5 @@ __device__ inline void copies_landed_but() {
     asm volatile("cp.async.wait_group %0;" :: "n"(kGroups) : "memory");
 }
 __device__ inline void copies_landed() { copies_landed_but<0>(); }
-
-__device__ inline void prefetch_line(const void *from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 
 }  // namespace shedder

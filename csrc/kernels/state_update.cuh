@@ -29,10 +29,11 @@ struct StepStrides {
 
 // Division of numbers below 2^31 by one that the launcher knows: a product instead of some 30 instructions.
 struct Divisor {
-    unsigned divisor, factor;
-    int shift;
+    unsigned divisor = 1, factor = 0;
+    int shift = 0;
 
-    explicit Divisor(unsigned by = 1) : divisor(by), factor(0), shift(0) {
+    Divisor() = default;
+    explicit Divisor(unsigned by) : divisor(by) {
         if (by == 1) return;
         int bits = 0;
         while ((uint64_t{1} << bits) < by) ++bits;

@@ -33,19 +33,20 @@ def _facts(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_s
             ("seq_idx", seq_idx is not None))
 
 
-def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_in_rows(x), x.new_empty((x.shape[0], x.shape[1], weight.shape[1] - 1) if rest[-1] else (0,))
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    return_state = rest[-1]
+    return empty_in_rows(x), x.new_empty(*x.shape[:2], weight.shape[1] - 1) if return_state else None
 
 
 def _recompute(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
-               seq_idx: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
+               seq_idx: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor | None]:
     if x.shape[2] == 0:
         y = x * 1
         final = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if initial_states is None else initial_states * 1
     else:
         y, final = reference.causal_conv1d(x, weight, bias, "silu" if silu else None, initial_states=initial_states,
                                            seq_idx=seq_idx)
-    return y, final if return_state else final.new_empty(0)
+    return y, final if return_state else None
 
 
 _causal_conv1d = register(

@@ -63,18 +63,19 @@ def _numbers(t: Tensor | None) -> Tensor | None:
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
                    channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
-                   ) -> tuple[Tensor, Tensor]:
+                   ) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(u)
     final_state = torch.empty(u.shape[0], *A.shape, dtype=torch.float32)
     torch.ops.shedder_cpu.selective_scan.default(
         u, delta, _real(A), B, C, _real(D), z, _real(delta_bias), delta_softplus, _real(initial_state),
         _numbers(channel_to_group), _numbers(seq_idx), y, final_state)
-    return y, final_state if return_state else final_state.new_empty(0)
+    return y, final_state if return_state else None
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
+        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
+        ) -> tuple[Tensor, Tensor | None]:
     batch, _, heads, headdim = x.shape
     if D is not None and D.dim() == 1:
         D = D[:, None].expand(heads, headdim)
@@ -83,7 +84,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
     torch.ops.shedder_cpu.ssd.default(
         x, dt, _real(A), B, C, _real(D), z, _real(dt_bias), dt_softplus, dt_min, dt_max, _numbers(head_to_group),
         _real(initial_states), _numbers(seq_idx), y, final_states)
-    return y, final_states if return_state else final_states.new_empty(0)
+    return y, final_states if return_state else None
 
 
 def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
@@ -96,12 +97,12 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
-                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
+                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor | None]:
     y = empty_in_rows(x)
     final_states = torch.empty(*x.shape[:2], weight.shape[1] - 1, dtype=x.dtype)
     torch.ops.shedder_cpu.causal_conv1d.default(x, weight, bias, silu, initial_states, _numbers(seq_idx), y,
                                                 final_states)
-    return y, final_states if return_state else final_states.new_empty(0)
+    return y, final_states if return_state else None
 
 
 def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,

@@ -69,7 +69,7 @@ def supports(op: str, **facts: Any) -> str | None:
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
                    channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
-                   ) -> tuple[Tensor, Tensor]:
+                   ) -> tuple[Tensor, Tensor | None]:
     """(y, final_state); see shedder.reference.selective_scan."""
     reason = supports("selective_scan", dtype=u.dtype, dstate=A.shape[1])
     if reason is not None:
@@ -78,30 +78,29 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         return _selective_scan_complex(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state,
                                        channel_to_group, seq_idx, return_state)
     y = torch.empty_like(u)
-    final_state = torch.empty((u.shape[0], *A.shape) if return_state else (0,), dtype=torch.float32, device=u.device)
+    final_state = torch.empty(u.shape[0], *A.shape, dtype=torch.float32, device=u.device) if return_state else None
     torch.ops.shedder_cuda.selective_scan(
         u, delta.to(u.dtype), A.float(), B.to(u.dtype if B.dim() == 4 else torch.float32),
         C.to(u.dtype if C.dim() == 4 else torch.float32), _float(D), None if z is None else z.to(u.dtype),
         _float(delta_bias), delta_softplus, None if initial_state is None else initial_state.float().contiguous(),
         None if channel_to_group is None else channel_to_group.to(torch.int32).contiguous(),
-        None if seq_idx is None else seq_idx.to(torch.int32).contiguous(), y, final_state if return_state else None)
+        None if seq_idx is None else seq_idx.to(torch.int32).contiguous(), y, final_state)
     return y, final_state
 
 
 def _selective_scan_complex(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
                             z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
                             initial_state: Tensor | None, channel_to_group: Tensor | None, seq_idx: Tensor | None,
-                            return_state: bool) -> tuple[Tensor, Tensor]:
+                            return_state: bool) -> tuple[Tensor, Tensor | None]:
     y = torch.empty_like(u)
-    shape = (u.shape[0], *A.shape, 2) if return_state else (0, 2)
-    final_state = torch.empty(shape, dtype=torch.float32, device=u.device)
+    final_state = torch.empty(u.shape[0], *A.shape, 2, dtype=torch.float32, device=u.device) if return_state else None
     torch.ops.shedder_cuda.selective_scan_complex(
         u, delta.to(u.dtype), _pairs(A), _pairs(B) if B.dim() == 2 else B.to(u.dtype),
         _pairs(C) if C.dim() == 2 else C.to(u.dtype), _float(D), None if z is None else z.to(u.dtype),
         _float(delta_bias), delta_softplus, None if initial_state is None else _pairs(initial_state.contiguous()),
         None if channel_to_group is None else channel_to_group.to(torch.int32).contiguous(),
-        None if seq_idx is None else sequence_runs(seq_idx), y, final_state if return_state else None)
-    return y, torch.view_as_complex(final_state)
+        None if seq_idx is None else sequence_runs(seq_idx), y, final_state)
+    return y, None if final_state is None else torch.view_as_complex(final_state)
 
 
 def _pairs(t: Tensor) -> Tensor:
@@ -112,7 +111,7 @@ def _pairs(t: Tensor) -> Tensor:
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
         initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True, *, segments: int = 0,
-        portable: bool = False) -> tuple[Tensor, Tensor]:
+        portable: bool = False) -> tuple[Tensor, Tensor | None]:
     """(y, final_states); see shedder.reference.ssd.
 
     segments of a sequence, of the kernel for Hopper: 0 lets the launcher choose. portable: the kernel for any GPU where
@@ -122,8 +121,9 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
     if reason is not None:
         raise ValueError(reason)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shape = (x.shape[0], *x.shape[2:], B.shape[-1]) if return_state else (0,)
-    final_states = torch.empty(shape, dtype=torch.float32, device=x.device)
+    final_states = None
+    if return_state:
+        final_states = torch.empty(x.shape[0], *x.shape[2:], B.shape[-1], dtype=torch.float32, device=x.device)
     if dt.dtype != x.dtype:
         dt = dt.float()
     arguments = (
@@ -131,7 +131,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
         None if z is None else _rows(z, x.dtype), _float(dt_bias), dt_softplus, dt_min, dt_max,
         head_to_group.to(torch.int32).contiguous(),
         None if initial_states is None else initial_states.float().contiguous(),
-        None if seq_idx is None else sequence_runs(seq_idx), y, final_states if return_state else None)
+        None if seq_idx is None else sequence_runs(seq_idx), y, final_states)
     if portable:
         torch.ops.shedder_cuda.ssd_portable(*arguments)
     else:
@@ -252,12 +252,13 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
-                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
+                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor | None]:
     """(y, final_states); see shedder.reference.causal_conv1d."""
     y = empty_in_rows(x)
-    shape = (*x.shape[:2], weight.shape[1] - 1) if return_state else (0,)
-    final_states = torch.empty(shape, dtype=x.dtype, device=x.device)
-    _op("causal_conv1d")(x, weight, bias, silu, initial_states, seq_idx, y, final_states if return_state else None)
+    final_states = None
+    if return_state:
+        final_states = torch.empty(*x.shape[:2], weight.shape[1] - 1, dtype=x.dtype, device=x.device)
+    _op("causal_conv1d")(x, weight, bias, silu, initial_states, seq_idx, y, final_states)
     return y, final_states
 
 

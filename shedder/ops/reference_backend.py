@@ -1,7 +1,6 @@
 """The reference backend: shedder.reference behind the signatures that all backends share.
 
-It runs everywhere and takes every case; it is as slow as a Python loop over time. Where the state after the last token
-is not wanted (return_state), an empty tensor stands in its place.
+It runs everywhere and takes every case; it is as slow as a Python loop over time.
 """
 
 from __future__ import annotations
@@ -35,20 +34,21 @@ def _into(y: Tensor, value: Tensor) -> Tensor:
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
                    channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
-                   ) -> tuple[Tensor, Tensor]:
+                   ) -> tuple[Tensor, Tensor | None]:
     y, state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
                                         initial_state=initial_state, channel_to_group=channel_to_group,
                                         seq_idx=seq_idx)
-    return _into(torch.empty_like(u), y), _own(state, initial_state) if return_state else state.new_empty(0)
+    return _into(torch.empty_like(u), y), _own(state, initial_state) if return_state else None
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
+        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
+        ) -> tuple[Tensor, Tensor | None]:
     y, states = reference.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, (dt_min, dt_max),
                               head_to_group=head_to_group, initial_states=initial_states, seq_idx=seq_idx)
     y = _into(torch.empty(x.shape, dtype=x.dtype, device=x.device), y)
-    return y, _own(states, initial_states) if return_state else states.new_empty(0)
+    return y, _own(states, initial_states) if return_state else None
 
 
 def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
@@ -65,7 +65,7 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
-                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
+                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor | None]:
     final = torch.zeros(*x.shape[:2], weight.shape[1] - 1, dtype=x.dtype, device=x.device)
     y = empty_in_rows(x)
     if y.numel():
@@ -74,7 +74,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, in
         y, final = _into(y, got), _into(final, states)
     elif initial_states is not None:
         final = _into(final, initial_states)
-    return y, final if return_state else final.new_empty(0)
+    return y, final if return_state else None
 
 
 def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,

@@ -42,6 +42,8 @@ def register(name: str, arguments: str, returns: str, *, facts: Callable[..., Fa
              check_values: Callable[..., None] | None = None) -> Callable[..., Any]:
     """Define op `name` and return a function that calls it; it takes `arguments` and then `backend`.
 
+    Where a backend or `fake` gives None for an output that is not wanted, the op gives an empty tensor.
+
     Args:
         facts: the facts of a call (see backend.py). fake: outputs without data. check_values:
             raises for values that no backend may see; called on real tensors only.
@@ -52,13 +54,13 @@ def register(name: str, arguments: str, returns: str, *, facts: Callable[..., Fa
         inputs, backend = args[:-1], args[-1]
         if check_values is not None:
             check_values(*inputs)
-        return choose(name, backend, facts(*inputs))(*inputs)
+        return _all_tensors(choose(name, backend, facts(*inputs))(*inputs), inputs[0])
 
     def fake_kernel(*args: Any) -> Any:
         inputs, backend = args[:-1], args[-1]
         if _recording:
             _recording[-1].append(decide(name, backend, facts(*inputs)))
-        return fake(*inputs)
+        return _all_tensors(fake(*inputs), inputs[0])
 
     _library.define(f"{name}({arguments}, str backend) -> {returns}")
     _library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -79,6 +81,13 @@ def register(name: str, arguments: str, returns: str, *, facts: Callable[..., Fa
     return call
 
 
+def _all_tensors(outputs: Any, first: Tensor) -> Any:
+    """Outputs as torch takes them: empty tensors for None."""
+    if not isinstance(outputs, tuple):
+        return outputs
+    return tuple(first.new_empty(0) if output is None else output for output in outputs)
+
+
 def _register_gradient(name: str, arguments: str, recompute: Callable[..., Any]) -> None:
 
     def backward_kernel(grads: Sequence[Tensor | None], *args: Any) -> list[Tensor]:
@@ -89,7 +98,8 @@ def _register_gradient(name: str, arguments: str, recompute: Callable[..., Any])
                       for a, need in zip(inputs, needs, strict=True)]
             outputs = recompute(*leaves)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            reached = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            reached = [(o, g) for o, g in zip(outputs, grads, strict=True)
+                       if g is not None and o is not None and o.requires_grad]
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             found: Sequence[Tensor | None] = [None] * len(wanted)
             if reached:

@@ -40,20 +40,22 @@ def _facts(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
             ("seq_idx", seq_idx is not None))
 
 
-def _fake(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
     state = A.dtype if A.is_complex() else torch.float32
     if u.dtype == torch.float64:
         state = torch.promote_types(state, torch.float64)
-    shape = (u.shape[0], *A.shape) if rest[-1] else (0,)
-    return torch.empty_like(u), torch.empty(shape, dtype=state, device=u.device)
+    return_state = rest[-1]
+    return (torch.empty_like(u),
+            torch.empty(u.shape[0], *A.shape, dtype=state, device=u.device) if return_state else None)
 
 
 def _recompute(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
-               channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
+               channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool,
+               ) -> tuple[Tensor, Tensor | None]:
     y, state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
                                         initial_state=initial_state, channel_to_group=channel_to_group, seq_idx=seq_idx)
-    return y, state if return_state else state.new_empty(0)
+    return y, state if return_state else None
 
 
 def _check_values(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,

@@ -43,19 +43,21 @@ def _facts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
             ("dt_dtype", dt.dtype), ("initial_states", initial_states is not None), ("seq_idx", seq_idx is not None))
 
 
-def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
     batch, _length, heads, headdim = x.shape
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
-    shape = (batch, heads, headdim, B.shape[3]) if rest[-1] else (0,)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(shape, dtype=state, device=x.device)
+    return_state = rest[-1]
+    return (torch.empty(x.shape, dtype=x.dtype, device=x.device),
+            torch.empty(batch, heads, headdim, B.shape[3], dtype=state, device=x.device) if return_state else None)
 
 
 def _recompute(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-               initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
+               initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool,
+               ) -> tuple[Tensor, Tensor | None]:
     y, states = chunked.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, (dt_min, dt_max), head_to_group,
                             initial_states, seq_idx)
-    return y, states if return_state else states.new_empty(0)
+    return y, states if return_state else None
 
 
 def _check_values(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,

@@ -86,7 +86,7 @@ def _on_device(launch: Callable[..., Any], tensor: Tensor, *arguments: Any) -> A
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
                    delta_bias: Tensor | None, delta_softplus: bool, initial_state: Tensor | None,
                    channel_to_group: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
-                   ) -> tuple[Tensor, Tensor]:
+                   ) -> tuple[Tensor, Tensor | None]:
     """(y, final_state); see shedder.reference.selective_scan."""
     return _on_device(scan_kernels.selective_scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state,
                       channel_to_group, seq_idx, return_state)
@@ -94,7 +94,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, head_to_group: Tensor,
-        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
+        initial_states: Tensor | None, seq_idx: Tensor | None, return_state: bool = True,
+        ) -> tuple[Tensor, Tensor | None]:
     """(y, final_states); see shedder.reference.ssd."""
     return _on_device(ssd_kernels.ssd, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, head_to_group,
                       initial_states, seq_idx, return_state)
@@ -109,7 +110,7 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, initial_states: Tensor | None,
-                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor]:
+                  seq_idx: Tensor | None, return_state: bool = True) -> tuple[Tensor, Tensor | None]:
     """(y, final_states); see shedder.reference.causal_conv1d."""
     return _on_device(conv_kernels.causal_conv1d, x, weight, bias, silu, initial_states, seq_idx,
                       return_state)
