@@ -163,10 +163,10 @@ def test_matches_the_recurrence_for_every_number_of_states_of_many_channels(dsta
     assert_matches(inputs(2, 13001, 35, dstate, torch.bfloat16))
 
 
-# A first round on an H200 is 16,896 channels: none is left over, a few, so many that two lanes share each, too many for
-# that; several batch entries, which need not end with a round.
-@pytest.mark.parametrize(("batch", "channels"), [(1, 16896), (1, 17001), (1, 22333), (1, 26001), (3, 5633), (2, 9001),
-                                                 (8, 2117), (5, 7001), (17, 1001)])
+# A first round on an H200 is 16,896 channels: none is left over, a few, so many that two lanes share each, so many that
+# two and four do, too many for that; several batch entries, which need not end with a round; more than run at once.
+@pytest.mark.parametrize(("batch", "channels"), [(1, 16896), (1, 17001), (1, 22333), (1, 26001), (1, 31001), (3, 5633),
+                                                 (2, 9001), (8, 2117), (5, 7001), (17, 1001), (1, 60001)])
 @pytest.mark.parametrize("length", [72, 263])                    # rows on the grid of 16 bytes and off
 def test_many_channels_are_all_dealt_out(batch, channels, length):
     assert_matches(inputs(batch, channels, length, 7, torch.bfloat16))
@@ -174,9 +174,25 @@ def test_many_channels_are_all_dealt_out(batch, channels, length):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dstate", range(1, 17))
-@pytest.mark.parametrize("length", [40, 277])
-def test_many_channels_of_any_number_of_states(length, dstate, dtype):
-    assert_matches(inputs(2, 17001, length, dstate, dtype))
+@pytest.mark.parametrize(("channels", "length"), [(17001, 40), (17001, 277), (20001, 72)])
+def test_many_channels_of_any_number_of_states(channels, length, dstate, dtype):
+    assert_matches(inputs(2, channels, length, dstate, dtype))
+
+
+# Rows on the grid of 16 bytes and off. Nothing comes between the calls: each may begin while the one before ends.
+@pytest.mark.parametrize("length", [48, 299])
+def test_many_channels_hand_their_state_on(length):
+    case = inputs(2, 20001, 4 * length, 13, torch.bfloat16)
+    y = torch.full_like(case["u"], torch.nan)
+    states = [case["initial_state"], *(torch.full_like(case["initial_state"], torch.nan) for _ in range(4))]
+    for index in range(4):
+        part = slice(index * length, (index + 1) * length)
+        u, delta, B, C, z = (case[name][..., part] for name in ("u", "delta", "B", "C", "z"))
+        torch.ops.shedder_cuda.selective_scan(u, delta, case["A"], B, C, case["D"], z, case["delta_bias"], True,
+                                              states[index], None, None, y[..., part], states[index + 1])
+    want_y, want_state = expected(case)
+    assert error(y, want_y) < TOLERANCE[torch.bfloat16]
+    assert error(states[-1], want_state) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("length", [8, 24, 64, 104, 520, 1, 33, 257, 259, 286, 287, 289, 319, 321, 323, 519])

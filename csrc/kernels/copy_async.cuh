@@ -1,4 +1,4 @@
-// Copies into shared memory that need no registers on their way.
+// Copies into shared memory, and into L2, that need no registers on their way.
 
 #pragma once
 
@@ -20,6 +20,8 @@ __device__ inline void copy_async_part(void *to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  :: "r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
+// The line of 128 bytes around an address, into L2.
+__device__ inline void prefetch_line(const void *at) { asm volatile("prefetch.global.L2 [%0];" :: "l"(at)); }
 __device__ inline void copies_committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All copies but those of the last kGroups commits.
 template <int kGroups>

@@ -38,14 +38,13 @@ __host__ __device__ inline int64_t mamba_inner_step_shared_floats(const MambaInn
     return p.share + int64_t{p.outputs} * (ranks + 1) + 4;
 }
 
-__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 
 // Rows first, first + 1, ... of a matrix, on their way into the second cache: each thread asks for some lines.
 template <typename T>
 __device__ inline void prefetch_rows(const T *first_row, int rows, int64_t row_stride, int64_t row_bytes) {
     const int lines = static_cast<int>((row_bytes + 127) / 128);
     for (int i = threadIdx.x; i < rows * lines; i += kMixerThreads)
-        prefetch(reinterpret_cast<const char *>(first_row + i / lines * row_stride) + i % lines * 128);
+        prefetch_line(reinterpret_cast<const char *>(first_row + i / lines * row_stride) + i % lines * 128);
 }
 
 // The part of a row of weights that one of kLanes lanes multiplies in one turn: 16 bytes, or as many single elements.

@@ -19,8 +19,8 @@ struct ScanRows {
     static constexpr bool kOnGrid = kOnGrid_;
     static_assert(sizeof(Input) == 2 && (kLanes == 1 || kLanes == 2 || kLanes == 4));
     static constexpr int kChannels = 32 / kLanes;
-    // Of a tile; where 64 take so much shared memory that one CTA fills a multiprocessor, 32.
-    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > 7 && !kOnGrid) ? 32 : 64;
+    // Of a tile; 32 where 64 take so much shared memory that a multiprocessor has room for fewer warps.
+    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > (kOnGrid ? 6 : 2)) ? 32 : 64;
     static constexpr int kSlots = kStates * kLanes;          // states there is room for
     static constexpr int kRowPieces = kSteps / kPieceSteps;
     static constexpr int kMemoryPieces = kRowPieces + !kOnGrid;              // that a row's steps lie in
@@ -33,12 +33,13 @@ struct ScanRows {
     static constexpr int kBCPiece = kPieceSteps * kSlots * 2 + (kRowPieces == 4 ? 8 : 4);
     static constexpr int kBCTile = kRowPieces * kBCPiece;
     static constexpr int kBCPieces = (kSlots * kRowPieces + 31) / 32;        // that a lane brings
-    static constexpr int kStages = 2;
-    static constexpr int kSharedBytes = kStages * (3 * kTile + 4 * kBCTile);
+    // Tiles of B and C need no second place where they wait in registers for the end of the tile before.
+    static constexpr int kStages = 2, kBCStages = kOnGrid ? 1 : 2;
+    static constexpr int kSharedBytes = kStages * 3 * kTile + kBCStages * 4 * kBCTile;
 
     // Byte of a tile at which piece `piece` of row `row` lies: neighbouring rows on different banks.
     static __device__ int at(int row, int piece) {
-        return row * kRow + (kOnGrid ? piece ^ (kLanes == 1 ? row >> 1 & 3 : row & 7) : piece) * 16;
+        return row * kRow + (kOnGrid ? piece ^ (kRowPieces == 4 ? row >> 1 & 3 : row & 7) : piece) * 16;
     }
 };
 
@@ -83,6 +84,16 @@ struct ScanChannelRows {
         delta_at = first_of(p.delta, p.delta_strides);
         z_at = first_of(p.z, p.z_strides);
         y_at = const_cast<Input *>(first_of(p.y, p.y_strides));
+    }
+
+    // The lines in which the rows of this lane's channel begin, on their way to L2.
+    __device__ __forceinline__ void ask(int64_t b) const {
+        const auto ask_for = [&](const void *tensor, const Strides3 &s) {
+            prefetch_line(static_cast<const Input *>(tensor) + b * s.batch + channel * s.channel);
+        };
+        ask_for(p.u, p.u_strides);
+        ask_for(p.delta, p.delta_strides);
+        if (p.z != nullptr) ask_for(p.z, p.z_strides);
     }
 
     __device__ bool exists() const { return first_channel + row <= last; }

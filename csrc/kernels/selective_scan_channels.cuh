@@ -2,7 +2,8 @@
 // everything else.
 //
 // A lane owns a channel, or two or four neighbouring lanes share one, and walks along t with h in registers. No warp
-// waits for another: the four of a CTA only see to it that all schedulers of a multiprocessor get as many.
+// waits for another: CTAs only see to it that all schedulers get as many. Where all warps run at once, a CTA fills a
+// multiprocessor, so that those of the scan that follows may come early and do not crowd on some.
 // Time goes by tiles: rows of u, delta and z enter shared memory by asynchronous copies while the tile before is walked
 // through; a lane takes its own row from there in pieces of 8 steps, does what belongs to the channel alone (softplus,
 // D, SiLU) in registers, and puts y where z was. B and C of a tile lie in shared memory as floats, side by side, which
@@ -10,8 +11,8 @@
 // carries a half to a third: (delta, delta u) and the sums over states never pass through it.
 //
 // A channel costs least where a lane has it to itself. But 5120 channels of 8 batch entries are 2.4 such warps for each
-// scheduler of an H200, and the third would be there for some only. So a grid has CTAs of three kinds: whole rounds of
-// schedulers get warps of 32 channels, what is left over goes to warps of 16 or 8 channels that have less to do.
+// scheduler of an H200, and the third would be there for some only. So shares of channels are of three kinds: whole
+// rounds of schedulers get shares of 32 channels, what is left over makes shares of 16 or 8 that are less to do.
 //
 // Rows off the 16-byte grid (L that is no multiple of 8) enter as the pieces of memory that they lie in, one more than
 // on the grid, and lanes read words from their row's own place on. y leaves likewise: what does not fill a piece stays
@@ -41,11 +42,12 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
     const int column = rows.column, first_state = column * kStates;
     const int64_t channel = rows.channel, state_row = (b * p.channels + channel) * p.dstate;
 
+    rows.ask(b);
     wait_for_kernel_before();
     rows.copy(p.length, 0);
     BC.read(0, BC_tiles);
     if (Rows::kOnGrid && p.dstate != Rows::kSlots)           // zeros for states not there
-        for (int i = threadIdx.x % 32; i < Rows::kStages * Rows::kBCTile; i += 32) BC_tiles[i] = 0.f;
+        for (int i = threadIdx.x % 32; i < Rows::kBCTile; i += 32) BC_tiles[i] = 0.f;
     float A[kStates], h[kStates] = {};
     load_states(A, p.A + channel * p.A_channel_stride, p.A_state_stride, first_state, p.dstate);
     if (p.initial_state != nullptr) load_states(h, p.initial_state + state_row, 1, first_state, p.dstate);
@@ -87,11 +89,12 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         const int left = p.length - start;
         const bool more = left > kSteps;
         __syncwarp();                                        // B and C of this tile are there, y before it is out
+        const float *const BC_tile = BC_tiles + stage % Rows::kBCStages * Rows::kBCTile;
+        float *const next_BC_tile = BC_tiles + (stage ^ 1) % Rows::kBCStages * Rows::kBCTile;
         if (more) {
             rows.copy(left - kSteps, stage ^ 1);
-            BC.read(start + kSteps, BC_tiles + (stage ^ 1) * Rows::kBCTile);
+            BC.read(start + kSteps, next_BC_tile);
         }
-        const float *const BC_tile = BC_tiles + stage * Rows::kBCTile;
         // A piece of which `steps` exist; kWhole: all.
         auto walk = [&](auto whole, int piece, int steps) {
             constexpr bool kWhole = decltype(whole)::value;
@@ -175,22 +178,19 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         }
         if (steps % kPieceSteps > 0) walk(std::false_type{}, whole_pieces, steps % kPieceSteps);
         rows.store(left, stage, start == 0);
-        if (more) BC.put(BC_tiles + (stage ^ 1) * Rows::kBCTile);
+        if (more) BC.put(next_BC_tile);                      // no lane reads this tile's any more: `store` saw to it
     }
 
     if (p.final_state != nullptr && rows.exists())
         store_states(p.final_state + state_row, h, first_state, p.dstate);
 }
 
-// A grid of three kinds of warps: of each batch entry the first channels by warps that have 32 each, the next by warps
-// of 16, the others by warps of 8. CTAs of a kind are neighbours, their four warps on the four schedulers.
+// Of each batch entry the first channels in shares of 32, the next in shares of 16, the others in shares of 8.
 struct ScanDeal {
-    int wide, half, quarter;                                 // warps of 32, 16, 8 channels in a batch entry
-    int first_half, first_quarter, ctas;                     // CTAs before those of a kind, and all
+    int wide, half, quarter;                                 // shares of 32, 16, 8 channels in a batch entry
 };
 
 constexpr int kMostScanSlots = 16;                           // states that there are kernels for
-constexpr int kScanWarps = 4;                                // of a CTA
 
 template <typename Input, int kSlots, bool kOnGrid>
 struct ScanKinds {
@@ -198,24 +198,30 @@ struct ScanKinds {
     using Half = ScanRows<Input, (kSlots + 1) / 2, 2, kOnGrid>;
     using Quarter = ScanRows<Input, (kSlots + 3) / 4, 4, kOnGrid>;
     static constexpr int kWarpBytes = std::max({Wide::kSharedBytes, Half::kSharedBytes, Quarter::kSharedBytes});
+    // A warp for each scheduler of a multiprocessor takes up so much shared memory; three, or two, what there is.
+    static constexpr int kRoundBytes = 4 * kWarpBytes, kMostRounds = std::min(227 * 1024 / kRoundBytes, 3);
+    static_assert(kMostRounds > 1 && 2 * kMostRounds * kRoundBytes > 227 * 1024);
 };
 
+// Neighbouring shares go to the four schedulers of a multiprocessor, then to the next one.
 template <typename Input, int kSlots, bool kOnGrid>
-__global__ void __launch_bounds__(32 * kScanWarps, kOnGrid || kSlots <= 8 ? 3 : 2) selective_scan_channels(
+__global__ void __launch_bounds__(128 * ScanKinds<Input, kSlots, kOnGrid>::kMostRounds, 1) selective_scan_channels(
     const __grid_constant__ SelectiveScanParams p, const __grid_constant__ ScanDeal deal) {
     using Kinds = ScanKinds<Input, kSlots, kOnGrid>;
     extern __shared__ float4 shared_memory[];
+    if (blockDim.x > 128) start_dependents();                // a CTA has a multiprocessor to itself
+    const int wide = deal.wide * p.batch, half = deal.half * p.batch;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-    char *const shared = reinterpret_cast<char *>(shared_memory) + warp * Kinds::kWarpBytes;
-    const int cta = blockIdx.x;
-    auto take = [&](auto rows, int first_cta, int in_batch, int before) {
-        const int index = (cta - first_cta) * kScanWarps + warp, b = index / in_batch;
-        if (b < p.batch)
-            scan_channels<decltype(rows)>(p, b, before + index % in_batch * decltype(rows)::kChannels, shared);
+    const int share = (warp / 4 * gridDim.x + blockIdx.x) * 4 + warp % 4;
+    auto take = [&](auto rows, int share, int in_batch, int before) {
+        char *const shared = reinterpret_cast<char *>(shared_memory) + warp * Kinds::kWarpBytes;
+        const int b = share / in_batch, first = before + share % in_batch * decltype(rows)::kChannels;
+        if (b < p.batch) scan_channels<decltype(rows)>(p, b, first, shared);
     };
-    if (cta < deal.first_half) take(typename Kinds::Wide{}, 0, deal.wide, 0);
-    else if (cta < deal.first_quarter) take(typename Kinds::Half{}, deal.first_half, deal.half, deal.wide * 32);
-    else take(typename Kinds::Quarter{}, deal.first_quarter, deal.quarter, deal.wide * 32 + deal.half * 16);
+    if (share < wide) take(typename Kinds::Wide{}, share, deal.wide, 0);
+    else if (share < wide + half) take(typename Kinds::Half{}, share - wide, deal.half, deal.wide * 32);
+    else if (deal.quarter > 0)
+        take(typename Kinds::Quarter{}, share - wide - half, deal.quarter, deal.wide * 32 + deal.half * 16);
 }
 
 }  // namespace shedder

@@ -24,4 +24,8 @@ inline int multiprocessors(int32_t device) {
     return known[device];
 }
 
+inline int shared_bytes_of_cta(int32_t device) {
+    return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 }  // namespace shedder

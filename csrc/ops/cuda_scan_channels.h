@@ -9,8 +9,8 @@
 namespace shedder {
 
 // Input: fp16 or bf16; one group, N up to 16, steps adjacent. on_grid: all rows start at multiples of 16 bytes; else
-// those of u, delta, z and y of a channel lie alike against them. schedulers: of the GPU.
+// those of u, delta, z and y of a channel lie alike against them.
 template <typename Input>
-void launch_scan_channels(const SelectiveScanParams &p, bool on_grid, int64_t schedulers, cudaStream_t stream);
+void launch_scan_channels(const SelectiveScanParams &p, bool on_grid, int32_t device, cudaStream_t stream);
 
 }  // namespace shedder

@@ -117,7 +117,7 @@ bool all_lie_alike(const SelectiveScanParams &p) {
     return as_u(p.delta, p.delta_strides) && as_u(p.y, p.y_strides) && (p.z == nullptr || as_u(p.z, p.z_strides));
 }
 
-// Whether there are channels enough. For each scheduler of the GPU 64 of many states, fewer of few; off the grid, where
+// Whether there are channels enough. For each scheduler of the GPU 32 of many states, fewer of few; off the grid, where
 // the other forms take twice as long, 4, but steps enough for the start of its warps to pay. Measured on an H200
 // (docs/measured-facts.md, selective scan).
 template <typename Input>
@@ -129,9 +129,10 @@ bool launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &ac
         if (!on_grid && p.length < kShortest) return false;
         if (std::max(access.rows, access.BC) == Access::kStrided || !(on_grid || all_lie_alike<Input>(p))) return false;
         const int64_t schedulers = int64_t{4} * multiprocessors(device);
-        const int least = !on_grid || p.dstate <= 4 ? 4 : p.dstate <= 8 ? 24 : p.dstate <= 12 ? 32 : 64;
-        if (int64_t{p.batch} * p.channels < schedulers * least) return false;
-        launch_scan_channels<Input>(p, on_grid, schedulers, stream);
+        const int least = !on_grid || p.dstate <= 4 ? 4 : p.dstate <= 8 ? 24 : 32;
+        const int64_t channels = int64_t{p.batch} * p.channels;
+        if (channels < schedulers * least || channels >= int64_t{1} << 31) return false;     // shares are counted by int
+        launch_scan_channels<Input>(p, on_grid, device, stream);
         return true;
     }
     return false;
