@@ -36,23 +36,24 @@ struct SsdSource {
     const int32_t *runs;                                     // of the first token; may be null
 };
 
-// dt of two neighbouring tokens in each lane, as given.
-template <typename Input>
-__device__ __forceinline__ float2 fetch_dt(const SsdParams &p, const SsdSource &source, int chunk, int lane) {
-    float raw[2];
+// dt of two neighbouring tokens in each lane, as it lies in memory: nobody waits for it before it is used.
+__device__ __forceinline__ uint2 fetch_dt(const SsdParams &p, const SsdSource &source, int chunk, int lane) {
+    uint32_t raw[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int64_t at = min(chunk * kChunk + 2 * lane + i, p.length - 1) * p.dt_strides.time;
-        raw[i] = p.dt_float ? reinterpret_cast<const float *>(source.dt)[at]
-                            : static_cast<float>(reinterpret_cast<const Input *>(source.dt)[at]);
+        if (p.dt_float) raw[i] = reinterpret_cast<const uint32_t *>(source.dt)[at];
+        else raw[i] = reinterpret_cast<const uint16_t *>(source.dt)[at];
     }
     return {raw[0], raw[1]};
 }
 
 // The decays of a chunk, by one warp.
+template <typename Input>
 __device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSource &source, int chunk, int lane,
-                                               float2 raw, SsdDecays &to) {
-    float dt[2] = {raw.x, raw.y}, decay[2];
+                                               uint2 raw, SsdDecays &to) {
+    const auto given = [&](uint32_t raw) { return p.dt_float ? __uint_as_float(raw) : unpack<Input>(raw).x; };
+    float dt[2] = {given(raw.x), given(raw.y)}, decay[2];
     int run[2] = {0, 0};
     bool shown[2];
 #pragma unroll

@@ -44,29 +44,37 @@
 
 namespace shedder {
 
+// Fragments of x as they enter the state: 16 bits of each value, and 16 more of the last 16 tokens, which decay the least
+// and whose rounding would be most of the state's error.
+struct SsdWeighted {
+    uint32_t x[4][4], low[4];
+};
+
 // h = keep h + weighted^T B, left on its way.
 template <int kStates16, typename Input>
-__device__ __forceinline__ void add_to_state(float *h, const uint32_t (&weighted)[4][4], uint64_t B_tile, float keep) {
+__device__ __forceinline__ void add_to_state(float *h, const SsdWeighted &weighted, uint64_t B_tile, float keep) {
     constexpr int kTiles = (kStates16 + 3) / 4, kLast = kStates16 - (kTiles - 1) * 4;
 #pragma unroll
     for (int i = 0; i < kStates16 * 8; ++i) h[i] *= keep;
     wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
+    const auto add = [&](const uint32_t (&x)[4], int k) {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
             const uint64_t b = later(B_tile, tile * kTileBytes + k * 2048);
             if (tile + 1 < kTiles)
-                wgmma_rs<Input, 64, 1>(h + tile * 32, weighted[k], b, true);
+                wgmma_rs<Input, 64, 1>(h + tile * 32, x, b, true);
             else
-                wgmma_rs<Input, kLast * 16, 1>(h + tile * 32, weighted[k], b, true);
+                wgmma_rs<Input, kLast * 16, 1>(h + tile * 32, x, b, true);
         }
+    };
+#pragma unroll
+    for (int k = 0; k < 4; ++k) add(weighted.x[k], k);
+    add(weighted.low, 3);
     wgmma_commit();
 }
 
-// Fragments of x as they enter the state.
 template <typename Input>
-__device__ __forceinline__ void weigh_for_state(const uint32_t (&x)[4][4], uint32_t (&weighted)[4][4],
+__device__ __forceinline__ void weigh_for_state(const uint32_t (&x)[4][4], SsdWeighted &weighted,
                                                 const SsdDecays &decays, int q) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
@@ -76,7 +84,13 @@ __device__ __forceinline__ void weigh_for_state(const uint32_t (&x)[4][4], uint3
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float2 v = unpack<Input>(x[k][2 * half + i]);
-                weighted[k][2 * half + i] = pack<Input>(v.x * of.x, v.y * of.y);
+                const float whole[2] = {v.x * of.x, v.y * of.y};
+                const uint32_t high = pack<Input>(whole[0], whole[1]);
+                weighted.x[k][2 * half + i] = high;
+                if (k == 3) {
+                    const float2 rounded = unpack<Input>(high);
+                    weighted.low[2 * half + i] = pack<Input>(whole[0] - rounded.x, whole[1] - rounded.y);
+                }
             }
         }
 }
@@ -244,9 +258,9 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 const uint32_t x_at = B_at + Shared::kOperand;
                 const SsdDecays &decays = decays_of(stage);
                 barrier_wait(full_at + stage * 8, parity);
-                uint32_t weighted[4][4];
-                load_channels(weighted, x_at, rest_of(stage));
-                weigh_for_state<Input>(weighted, weighted, decays, q);
+                SsdWeighted weighted;
+                load_channels(weighted.x, x_at, rest_of(stage));
+                weigh_for_state<Input>(weighted.x, weighted, decays, q);
                 add_to_state<kStates16, Input>(h, weighted, descriptor(B_at), decays.keep);
                 decay *= decays.keep;
                 wgmma_wait<0>();
@@ -375,7 +389,8 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 wgmma_commit();
             };
             add_states(0);
-            uint32_t x16[4][4], weighted[4][4];
+            uint32_t x16[4][4];
+            SsdWeighted weighted;
             if constexpr (kAtOnce) {
                 load_channels(x16, x_at, rest_of(stage));
                 weigh_for_state<Input>(x16, weighted, decays, q);

@@ -107,17 +107,20 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
                 + (batch * p.dt_strides.batch + head * p.dt_strides.head) * (p.dt_float ? 4 : 2);
             source.runs = p.runs == nullptr ? nullptr : p.runs + batch * int64_t{p.length};
 #pragma unroll 1
-            for (int local = is_local; local >= 0; --local)
+            for (int local = is_local; local >= 0; --local) {
+                uint2 next = fetch_dt(p, source, piece.first, lane);
 #pragma unroll 1
                 for (int chunk = piece.first; chunk < piece.last; ++chunk) {
-                    const float2 dt = fetch_dt<Input>(p, source, chunk, lane);
+                    const uint2 dt = next;
+                    next = fetch_dt(p, source, chunk + 1, lane);
                     barrier_wait(empty_at + stage * 8, parity);
-                    prepare_decays(p, source, chunk, lane, dt,
-                                   reinterpret_cast<SsdDecays *>(shared + Shared::kDecays)[stage]);
+                    prepare_decays<Input>(p, source, chunk, lane, dt,
+                                          reinterpret_cast<SsdDecays *>(shared + Shared::kDecays)[stage]);
                     __syncwarp();
                     if (lane == 0) barrier_arrive(full_at + stage * 8);
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
+            }
         }
     }
 }
