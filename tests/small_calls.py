@@ -65,8 +65,9 @@ def scans() -> Iterator[Call]:
         yield scan(2, 13001, 9, 16, dtype)
     for dstate in (1, 4, 5, 7, 8, 10, 12, 13):
         yield scan(2, 13001, 9, dstate)
-    for dstate in range(1, 17):                         # many channels, rows on the grid
-        yield scan(2, 17001, 72, dstate, F16 if dstate % 2 else BF16)
+    for dstate in range(1, 17):                         # many channels, rows on the grid: those left over by four lanes,
+        channels = 8501 if dstate % 4 < 2 else 11001    # by two
+        yield scan(2, channels, 72, dstate, F16 if dstate % 2 else BF16)
     for channels, dstate in ((9001, 2), (5001, 7), (1500, 12), (9001, 16)):     # and off it
         yield scan(2, channels, 277, dstate, F16 if dstate % 2 else BF16)
     for dstate in (4, 8, 12):
@@ -111,6 +112,7 @@ def ssds(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
     yield ssd(4, 130, 67, 61, 101, packed=True)         # clusters
     yield ssd(4, 270, 67, 61, 101, extras=False)        # and heads taken in parts
     yield ssd(4, 270, 67, 64, 64, extras=False)
+    yield ssd(4, 270, 68, 60, 100, extras=False)        # two heads that share pieces of y
 
 
 def convolutions() -> Iterator[Call]:
@@ -209,12 +211,15 @@ def calls(backend: str) -> Iterator[Call]:
 def main(backend: str, only: str = "") -> None:
     """only: part of the name of an op."""
     torch.manual_seed(0)
-    module, count, failed = BACKENDS[backend], 0, []
+    module, count, failed, last = BACKENDS[backend], 0, [], ""
     if reason := module.available():
         sys.exit(f"the {backend} backend cannot run here: {reason}")
     for index, (name, op, arguments) in enumerate(calls(backend)):
         if not hasattr(module, op) or only not in op or index % EVERY[backend]:
             continue
+        if op != last:
+            print(f"{count} calls, {len(failed)} failed; now {op}", flush=True)
+            last = op
         try:
             result = getattr(module, op)(*arguments)
             outputs = [output.cpu() for output in (result if isinstance(result, tuple) else (result,))]

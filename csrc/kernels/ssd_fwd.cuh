@@ -110,6 +110,11 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             barrier_init(full_at + i * 8, 2);
             barrier_init(empty_at + i * 8, 4 * p.cluster + (kExtras ? 2 : 0));
         }
+        for (int i = 0; i < kGivenPlaces; ++i) {
+            const uint32_t given_at = empty_at + (kStages + i) * 8;
+            barrier_init(given_at, 1);
+            if (!kExtras) barrier_arrive_expecting(given_at, kGivenBytes);
+        }
         barriers_are_there();
         wait_for_kernel_before();                            // which may have set the tickets to zeros
         place.rank = p.cluster > 1 ? cluster_rank() : 0;

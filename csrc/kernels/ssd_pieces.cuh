@@ -26,17 +26,25 @@ struct SsdOperand {
     int batch, batches;                                      // columns between batch entries and 0, or 0 and 1
 };
 
+// What the copy engine stores y in, where it does: boxes of the maps y_map and y_second.
+enum class SsdBoxesOfY : int {
+    kNone,
+    kHeads,                                                  // of y_map, each of one head
+    kPairs,                                                  // of two neighbours, the CTAs of a cluster: the channels of
+                                                             // the first but its last 4, and all others
+};
+
 struct SsdParams {
     CUtensorMap C, B;                                        // (batch, group, row, state): Input; a share of 64 rows
     SsdOperand x, z;                                         // Input; z where has_z
-    CUtensorMap y_map;                                       // (batch, token, head, channel): Input
+    CUtensorMap y_map, y_second;                             // (batch, token, head or pair, channel): Input
     bool has_z;
     const void *dt;                                          // Input, or float where dt_float
     const float *A, *D, *dt_bias, *initial;                  // all but A may be null; initial as final_states
     const int32_t *runs;                                     // (batch, time), ~run for padding; may be null
     const int32_t *head_to_group;
     void *y;                                                 // (batch, time, head, channel)
-    bool y_by_boxes;                                         // of the map y_map
+    SsdBoxesOfY y_boxes;
     float *final_states;                                     // (batch, head, channel, state); may be null
     float *carry;                                            // states that CTAs leave to others, or to themselves
     int32_t *tickets;                                        // zeros: the next ticket, then for each state, once it is

@@ -14,6 +14,7 @@ namespace shedder {
 constexpr int kStages = 2;
 constexpr int kRestBytes = kTileRows * 16;                    // of a box of the map `rest`
 constexpr int kYTaken = 2, kYThere = 3;                      // named barriers of the consumer and who stores y
+constexpr int kGivenBytes = kChunk * 8, kGivenPlaces = 4;    // of a chunk of y, from one head to the next
 
 template <int kStates16, bool kExtras>
 struct SsdShared {
@@ -25,8 +26,9 @@ struct SsdShared {
     static constexpr int kY = kScores + kTileBytes;          // y, where z does not leave its tile to it
     static constexpr int kRest = kY + (kExtras ? 0 : kTileBytes);            // of x, z of each stage
     static constexpr int kDecays = kRest + kStages * kInputs * kRestBytes;
-    static constexpr int kBarriers = kDecays + kStages * sizeof(SsdDecays);  // full, empty
-    static constexpr int kPlace = kBarriers + kStages * 16;
+    static constexpr int kGiven = kDecays + kStages * sizeof(SsdDecays);     // where z does not leave its tile to y
+    static constexpr int kBarriers = kGiven + (kExtras ? 0 : kGivenPlaces * kGivenBytes);    // full, empty; of kGiven
+    static constexpr int kPlace = kBarriers + kStages * 16 + kGivenPlaces * 8;
     static constexpr int kBytes = kPlace + 16 + 1024;          // and room to align the first tile
 };
 
@@ -125,6 +127,30 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
     }
 }
 
+// Of two heads in a cluster the first gives the last 4 channels of a chunk's rows to the second, whose tile has its first
+// 4 columns free. Neither waits for room: the second has released the stage of chunk n - 2 when the first has found y of
+// n, so what it was given of n - 3 is stored. By the two warps that store y.
+template <int kStates16>
+__device__ __forceinline__ void hand_over(const SsdParams &p, int rank, unsigned chunks, char *shared,
+                                          uint32_t shared_at, unsigned thread) {
+    using Shared = SsdShared<kStates16, false>;
+    const unsigned place = chunks % kGivenPlaces;
+    char *const tile = shared + Shared::kY, *const given = shared + Shared::kGiven + place * kGivenBytes + thread * 8;
+    const uint32_t barrier = shared_at + Shared::kBarriers + kStages * 16 + place * 8;
+    if (rank == 0) {
+        *reinterpret_cast<uint2 *>(given) =
+            *reinterpret_cast<const uint2 *>(tile + tile_offset(thread, p.headdim * 2 - 8));
+    } else {
+        barrier_wait(barrier, chunks / kGivenPlaces & 1);
+        *reinterpret_cast<uint2 *>(tile + tile_offset(thread, 0)) = *reinterpret_cast<const uint2 *>(given);
+    }
+    fence_for_wgmma();                                       // the copy engine reads it
+    asm volatile("bar.sync 4, 64;" ::: "memory");
+    if (thread > 0) return;
+    if (rank == 0) send_bytes(shared_at + Shared::kGiven + place * kGivenBytes, kGivenBytes, barrier, 1);
+    else barrier_arrive_expecting(barrier, kGivenBytes);     // the next time
+}
+
 // Two warps that store y.
 template <typename Input, int kStates16, bool kExtras>
 __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &place, char *shared, uint32_t shared_at) {
@@ -132,6 +158,7 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
     unsigned thread = threadIdx.x % 64;
     const int64_t stride = int64_t{p.heads} * p.headdim * 2;
     int stage = 0;
+    unsigned chunks = 0;                                     // stored
 #pragma unroll 1
     for (int i = 0; i < pieces_of(p, place); ++i) {
         const SsdPiece piece = piece_of(p, place, i);
@@ -147,9 +174,13 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
             barrier_arrive_at<kYTaken>();
             barrier_sync_at<kYThere>();
             const int count = min(p.length - chunk * kChunk, kChunk);
-            if (p.y_by_boxes) {
+            if (p.y_boxes != SsdBoxesOfY::kNone) {
+                const bool pairs = !kExtras && p.y_boxes == SsdBoxesOfY::kPairs;
+                if constexpr (!kExtras)
+                    if (pairs) hand_over<kStates16>(p, place.rank, chunks++, shared, shared_at, thread);
                 if (thread == 0) {
-                    store_box(&p.y_map, rows.first_channel, rows.head, chunk * kChunk, batch, shared_at + tile_at);
+                    store_box(pairs && place.rank > 0 ? &p.y_second : &p.y_map, rows.first_channel,
+                              pairs ? rows.head / 2 : rows.head, chunk * kChunk, batch, shared_at + tile_at);
                     wait_for_stores_to_read();
                 }
                 __syncwarp();

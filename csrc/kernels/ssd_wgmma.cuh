@@ -150,6 +150,14 @@ __device__ __forceinline__ void wait_for_stores_to_read() {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
+// Shared memory to the same place in that of a CTA of the cluster, where its bytes count for `barrier`. By one thread.
+__device__ __forceinline__ void send_bytes(uint32_t from, int bytes, uint32_t barrier, int rank) {
+    asm volatile("{\n.reg .b32 there, barrier;\nmapa.shared::cluster.u32 there, %0, %3;\n"
+                 "mapa.shared::cluster.u32 barrier, %2, %3;\n"
+                 "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%0], %1, [barrier];\n}"
+                 ::"r"(from), "r"(bytes), "r"(barrier), "r"(rank) : "memory");
+}
+
 // A barrier in shared memory completes a phase, of parity 0, 1, 0, ..., when `count` arrivals have come.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");

@@ -139,7 +139,7 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
         using Input = std::remove_pointer_t<decltype(type)>;
         const auto copies = make_channels_maps(p, x, z, stream);         // freed by torch in the order of the stream
         p.cluster = best_cluster(p, copies.has_value(), x, z, y);
-        make_y_map(p, y);
+        make_y_maps(p, y);
         if constexpr (sizeof(Input) == 2) launch_for_states<Input>(p, B, C, segments, stream);     // as checked above
     });
 }

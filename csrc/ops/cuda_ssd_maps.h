@@ -196,16 +196,28 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
     return copies;
 }
 
-// The map of y where its rows are whole pieces of 16 bytes, and those of x begin with one.
-inline void make_y_map(SsdParams &p, const Tensor &y) {
-    const uint64_t batch = y.size(0), length = y.size(1), heads = p.heads, headdim = p.headdim;
-    const bool begins = p.x.first == 0 && p.x.batch % 8 == 0 && (heads == 1 || p.x.head % 8 == 0);
-    p.y_by_boxes = begins && headdim % 8 == 0 && address_of(y) % 16 == 0;
-    if (!p.y_by_boxes) return;
-    const uint64_t sizes[4] = {headdim, heads, length, batch};
-    const uint64_t strides[3] = {headdim * 2, heads * headdim * 2, length * heads * headdim * 2};
-    const uint32_t box[4] = {64, 1, kChunk, 1};
-    p.y_map = tensor_map("y", y.scalar_type(), address_of(y), 4, sizes, strides, box);
+// The maps of y where its rows, or those of two neighbours in a cluster, are whole pieces of 16 bytes, and those of x lie
+// alike.
+inline void make_y_maps(SsdParams &p, const Tensor &y) {
+    const uint64_t heads = p.heads, headdim = p.headdim, token = heads * headdim;
+    p.y_boxes = SsdBoxesOfY::kNone;
+    if (p.x.first != 0 || p.x.batch % 8 != 0 || address_of(y) % 16 != 0) return;
+    auto map = [&](uint64_t first, uint64_t columns, uint64_t of_head) {
+        const uint64_t sizes[4] = {columns, token / of_head, static_cast<uint64_t>(y.size(1)),
+                                   static_cast<uint64_t>(y.size(0))};
+        const uint64_t strides[3] = {of_head * 2, token * 2, sizes[2] * token * 2};
+        const uint32_t box[4] = {64, 1, kChunk, 1};
+        return tensor_map("y", y.scalar_type(), address_of(y) + first * 2, 4, sizes, strides, box);
+    };
+    if (headdim % 8 == 0 && (heads == 1 || p.x.head % 8 == 0)) {
+        p.y_boxes = SsdBoxesOfY::kHeads;
+        p.y_map = map(0, headdim, headdim);
+    } else if (headdim % 8 == 4 && 8 < headdim && headdim < 64 && heads % 2 == 0 && p.x.head % 8 == 4
+               && p.cluster == 2 && !p.has_z && p.runs == nullptr) {
+        p.y_boxes = SsdBoxesOfY::kPairs;
+        p.y_map = map(0, headdim - 4, 2 * headdim);
+        p.y_second = map(headdim - 4, headdim + 4, 2 * headdim);
+    }
 }
 
 }  // namespace shedder
