@@ -98,6 +98,7 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tied = A.stride()[1:] == (0, 0) and dt.stride(2) == 0 and (dt_bias is None or dt_bias.stride(1) == 0)
     blocks = _blocks(headdim, state.shape[-1])
+    # Unfused: lanes with the same channel sum up the same products in another order, and must come to the same.
     _state_update_kernel[(batch * heads * triton.cdiv(headdim, blocks["BLOCK_P"]),)](
         state, x, dt, A, B, C, D, z, dt_bias, head_to_group, state_batch_indices, y, heads, headdim, state.shape[-1],
         state.stride(), x.stride(), dt.stride(), A.stride(), B.stride(), C.stride(),
@@ -105,5 +106,5 @@ def state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: 
         None if dt_bias is None else dt_bias.stride(), head_to_group.stride(0),
         None if state_batch_indices is None else state_batch_indices.stride(0),
         DT_SOFTPLUS=dt_softplus, TIED=tied, GROUP_PER_CHANNEL=heads == 1 and head_to_group.shape[0] == headdim,
-        **blocks)
+        **blocks, enable_fp_fusion=False)
     return y

@@ -88,14 +88,21 @@ __global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kFull, kPacked>
         from[i] = row + token * pitch + index % Rows::kPieces * 16;
         left[i] = token < kGroup ? end - t - token : 0;
     }
+    const bool is_last = b == p.batch - 1 && end == p.length && first + kTileChannels >= p.channels;    // of x
+    const auto end_of_x = [&] {
+        return static_cast<const T *>(p.x) + b * p.x_strides.batch + (p.length - 1) * p.x_strides.time + p.channels;
+    };
     const auto skew_of = [](const char *at) { return static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15); };
     const auto fetch = [&](int slot) {
 #pragma unroll
         for (int i = 0; i < Rows::kCopies; ++i) {
             const int index = lane + 32 * i, skew = skew_of(from[i]);
             const int there = row_bytes + skew - index % Rows::kPieces * 16;     // bytes from the piece on
-            if (left[i] > 0 && there > 0)
-                copy_async_part(rows.bytes[slot] + index * 16, from[i] - skew, min(there, 16));
+            if (left[i] > 0 && there > 0) {
+                char *const to = rows.bytes[slot] + index * 16;
+                if (is_last) copy_async_part(to, from[i] - skew, min(there, 16), end_of_x());
+                else copy_async_part(to, from[i] - skew, min(there, 16));
+            }
             from[i] += kGroup * pitch;
             left[i] -= kGroup;
         }

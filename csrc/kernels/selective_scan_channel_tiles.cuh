@@ -123,31 +123,35 @@ struct ScanChannelRows {
     // The next tile, of which `left` steps exist, on its way. Zeros for rows and steps not there.
     __device__ __forceinline__ void copy(int left, int stage) {
         const auto all = [&](auto copy_rows) {
-            const auto copy_tensor = [&](int tensor, const Input *&from, int64_t pitch) {
-                copy_rows(tile_of(stage, tensor), from, pitch);
+            const auto copy_tensor = [&](int tensor, const Input *&from, const void *first, const Strides3 &s) {
+                copy_rows(tile_of(stage, tensor), from, first, s);
                 from += kSteps;
             };
-            copy_tensor(0, u_at, p.u_strides.channel);
-            copy_tensor(1, delta_at, p.delta_strides.channel);
-            if (p.z != nullptr) copy_tensor(2, z_at, p.z_strides.channel);
+            copy_tensor(0, u_at, p.u, p.u_strides);
+            copy_tensor(1, delta_at, p.delta, p.delta_strides);
+            if (p.z != nullptr) copy_tensor(2, z_at, p.z, p.z_strides);
         };
         if (all_exist() && left >= kSteps + !Rows::kOnGrid * kPieceSteps)
-            all([&](char *to, const Input *from, int64_t pitch) {
-                each_piece<false>(from, pitch, [&](int i, int piece, const Input *at, int) {
+            all([&](char *to, const Input *from, const void *, const Strides3 &s) {
+                each_piece<false>(from, s.channel, [&](int i, int piece, const Input *at, int) {
                     copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, piece), at);
                 });
                 const int lane = threadIdx.x % 32;
                 if (!Rows::kOnGrid && lane < Rows::kChannels) {              // the piece behind, of a row for each lane
-                    const Input *const at = from + (lane - copied_row) * pitch + (kSteps - copied_piece * kPieceSteps);
+                    const Input *const at = from + (lane - copied_row) * s.channel + (kSteps - copied_piece * kPieceSteps);
                     copy_async_line(to + Rows::at(lane, Rows::kRowPieces), at - skew_of<Rows>(at));
                 }
             });
         else
-            all([&](char *to, const Input *from, int64_t pitch) {
-                each_piece<!Rows::kOnGrid>(from, pitch, [&](int i, int piece, const Input *at, int skew) {
+            all([&](char *to, const Input *from, const void *first, const Strides3 &s) {
+                const Input *const end = static_cast<const Input *>(first) + (p.batch - 1) * s.batch + last * s.channel
+                    + p.length;
+                each_piece<!Rows::kOnGrid>(from, s.channel, [&](int i, int piece, const Input *at, int skew) {
                     const int there = copies_row(i) ? left + skew - piece * kPieceSteps : 0;
-                    copy_async_part(to + Rows::at(copied_row + i * kCopiedRows, piece), at,
-                                    min(max(there, 0), kPieceSteps) * 2);
+                    char *const place = to + Rows::at(copied_row + i * kCopiedRows, piece);
+                    const int bytes = min(max(there, 0), kPieceSteps) * 2;
+                    if constexpr (Rows::kOnGrid) copy_async_part(place, at, bytes);
+                    else copy_async_part(place, at, bytes, end);
                 });
             });
         copies_committed();
@@ -273,9 +277,12 @@ struct ScanStateRows {
             constexpr int kLanesOfRow = Rows::kMemoryPieces <= 8 ? 8 : 16, kAtOnce = 32 / kLanesOfRow;
             const int piece = lane % kLanesOfRow, first_row = lane / kLanesOfRow, left = p.length - start;
             const bool whole = left >= Rows::kSteps + kPieceSteps;
-            const auto copy = [&](char *to, const Input *rows, int64_t pitch) {
+            const auto copy = [&](char *to, const void *first, const Input *rows, const Strides4 &s) {
                 if (piece >= Rows::kMemoryPieces) return;
+                const int64_t pitch = s.state;
                 const Input *from = rows + first_row * pitch + start;
+                const Input *const end = static_cast<const Input *>(first) + (p.batch - 1) * s.batch
+                    + (p.dstate - 1) * pitch + p.length;
                 to += first_row * Rows::kRow + piece * 16;
 #pragma unroll
                 for (int i = 0; i < Rows::kSlots; i += kAtOnce, from += kAtOnce * pitch) {
@@ -283,12 +290,12 @@ struct ScanStateRows {
                     const int skew = skew_of<Rows>(from), there = left + skew - piece * kPieceSteps;
                     const Input *const at = from - skew + piece * kPieceSteps;
                     if (whole) copy_async_line(to + i * Rows::kRow, at);
-                    else copy_async_part(to + i * Rows::kRow, at, min(max(there, 0), kPieceSteps) * 2);
+                    else copy_async_part(to + i * Rows::kRow, at, min(max(there, 0), kPieceSteps) * 2, end);
                 }
             };
             char *const raw = reinterpret_cast<char *>(tile);
-            copy(raw, B_row, p.B_strides.state);
-            copy(raw + Rows::kSlots * Rows::kRow, C_row, p.C_strides.state);
+            copy(raw, p.B, B_row, p.B_strides);
+            copy(raw + Rows::kSlots * Rows::kRow, p.C, C_row, p.C_strides);
             copies_committed();
         }
     }

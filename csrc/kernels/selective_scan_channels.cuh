@@ -167,6 +167,7 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
 #pragma unroll
             for (int k = 0; k < kOwn; ++k)
                 y[k] = (kLanes == 1 ? sums[k] : fmaf(skip, u[k], sums[k])) * own.gate[k];
+            if (!Rows::kOnGrid && kLanes > 1) __syncwarp();  // a lane reads a word of its neighbour's z
             rows.put_y(own.at + 2 * Rows::kTile, y);
             if (kWhole) own = next;
         };

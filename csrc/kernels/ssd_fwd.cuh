@@ -169,7 +169,11 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     };
     auto release_stage = [&](int stage) {                    // to all who copy into it
         __syncwarp();
-        if (lane < p.cluster) barrier_arrive_remote(empty_at + stage * 8, lane);
+        if (p.cluster > 1) {
+            if (lane < p.cluster) barrier_arrive_remote(empty_at + stage * 8, lane);
+        } else if (lane == 0) {
+            barrier_arrive(empty_at + stage * 8);
+        }
     };
     // The channels of this thread's rows, and their places in states; found anew at each use: registers are short.
     auto channel_of = [&](const SsdRows &rows, int down) {

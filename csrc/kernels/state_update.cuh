@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kStepThreads, sizeof(State) == 4 ? 5 : 6) stat
         Access *own = reinterpret_cast<Access *>(reinterpret_cast<State *>(tiles + place - lane) + own_offset);
         Access states[kStates / kWidth];
 #pragma unroll
-        for (int a = 0; a < kStates / kWidth; ++a) states[a] = a * kWidth < dstate ? own[a] : Access{};
+        for (int a = 0; a < kStates / kWidth; ++a) states[a] = exists && a * kWidth < dstate ? own[a] : Access{};
         float sum = skip * current;
 #pragma unroll
         for (int a = 0; a < kStates / 4; ++a) {
