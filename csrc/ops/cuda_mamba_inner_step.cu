@@ -13,12 +13,12 @@ namespace {
 
 constexpr const char *kInnerOp = "mamba_inner_step";
 constexpr int64_t kMostOutputs = 2048;                       // R + 2 G N: the parts of x_proj's product
-constexpr int kLeastShare = 32;                              // channels that are worth a CTA
+constexpr int kLeastShare = 32;                              // channels that are worth a CTA beyond the second
 
 template <typename Input, typename State>
 void launch_inner_step(MambaInnerStepParams &p, int32_t device, cudaStream_t stream) {
     int ranks = largest_cluster(device);
-    while (ranks > 1 && (ranks - 1) * kLeastShare >= p.channels) ranks /= 2;
+    while (ranks > 2 && (ranks - 1) * kLeastShare >= p.channels) ranks /= 2;
     p.share = ((p.channels + ranks - 1) / ranks + 7) / 8 * 8;
     STD_TORCH_CHECK(p.share <= kMixerShare, "shedder_cuda::mamba_inner_step: D is ", p.channels, "; accepted: up to ",
                     ranks * kMixerShare);

@@ -15,12 +15,13 @@ namespace {
 constexpr const char *kMixerOp = "step_mixer";
 constexpr int64_t kMostStates = 8192;                        // G N: B and C of all groups lie in shared memory
 
-// CTAs of a cluster: as many as the GPU runs in two turns, but each with work for its threads.
+// CTAs of a cluster: as many as the GPU runs in two turns, but each with work for its threads; two at the least, since
+// one has nobody to send to.
 int ranks_for(int64_t batch, int64_t rows, int64_t lanes, int32_t device) {
     const int64_t places = 2 * multiprocessors(device);
     const int64_t tasks = std::max<int64_t>(rows * lanes / (kMixerThreads / 2), 1);
     int ranks = largest_cluster(device);
-    while (ranks > 1 && (batch * ranks > places || ranks > tasks) && rows <= ranks / 2 * kMixerShare) ranks /= 2;
+    while (ranks > 2 && (batch * ranks > places || ranks > tasks) && rows <= ranks / 2 * kMixerShare) ranks /= 2;
     return ranks;
 }
 
