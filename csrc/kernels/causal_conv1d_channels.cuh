@@ -10,6 +10,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/causal_conv1d.cuh"
 #include "kernels/copy_async.cuh"
 
@@ -54,24 +56,13 @@ struct ChannelRows {
 template <typename T, bool kFull, bool kPacked>
 constexpr int kChannelsCtas = kFull && !kPacked && sizeof(T) == 2 ? 5 : 4;
 
-// Rows of y lie on the grid of a lane's words; kOnGrid: those of x on that of 16-byte pieces.
-template <typename T, bool kOnGrid, bool kFull, bool kPacked>
-__global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kFull, kPacked>) causal_conv1d_channels(
-    const __grid_constant__ CausalConv1dParams p) {
+// A warp's channels, from `first` on, and tokens. kAtEnd: among them the last ones of x.
+template <typename T, bool kOnGrid, bool kFull, bool kPacked, bool kAtEnd>
+__device__ __forceinline__ void convolve_channels(const CausalConv1dParams &p, int64_t b, int first, int start, int end,
+                                                  ChannelRows<T, kOnGrid> &rows) {
     using Rows = ChannelRows<T, kOnGrid>;
     constexpr int kCount = kLaneChannels, kGroup = Rows::kGroup, kAhead = Rows::kAhead;
-    __shared__ Rows shared_rows[kConvThreads / 32];
-    Rows &rows = shared_rows[threadIdx.x / 32];
-    const int lane = threadIdx.x % 32;
-    const unsigned tiles = (p.channels + kTileChannels - 1) / kTileChannels;
-    const unsigned chunks = (p.length + p.steps - 1) / p.steps;
-    unsigned task = blockIdx.x * (kConvThreads / 32) + threadIdx.x / 32;
-    const int first = static_cast<int>(task % tiles) * kTileChannels, own = first + lane * kCount;
-    task /= tiles;
-    const int start = static_cast<int>(task % chunks) * p.steps;
-    const int64_t b = task / chunks;
-    if (b >= p.batch) return;                                // the whole warp
-    const int end = min(start + p.steps, p.length);
+    const int lane = threadIdx.x % 32, own = first + lane * kCount;
     const auto channel = [&](int i) { return min(own + i, p.channels - 1); };
 
     // ---- rows on their way: first the kGroup tokens before the chunk
@@ -88,10 +79,6 @@ __global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kFull, kPacked>
         from[i] = row + token * pitch + index % Rows::kPieces * 16;
         left[i] = token < kGroup ? end - t - token : 0;
     }
-    const bool is_last = b == p.batch - 1 && end == p.length && first + kTileChannels >= p.channels;    // of x
-    const auto end_of_x = [&] {
-        return static_cast<const T *>(p.x) + b * p.x_strides.batch + (p.length - 1) * p.x_strides.time + p.channels;
-    };
     const auto skew_of = [](const char *at) { return static_cast<int>(reinterpret_cast<uintptr_t>(at) & 15); };
     const auto fetch = [&](int slot) {
 #pragma unroll
@@ -100,8 +87,12 @@ __global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kFull, kPacked>
             const int there = row_bytes + skew - index % Rows::kPieces * 16;     // bytes from the piece on
             if (left[i] > 0 && there > 0) {
                 char *const to = rows.bytes[slot] + index * 16;
-                if (is_last) copy_async_part(to, from[i] - skew, min(there, 16), end_of_x());
-                else copy_async_part(to, from[i] - skew, min(there, 16));
+                if constexpr (kAtEnd)
+                    copy_async_part(to, from[i] - skew, min(there, 16),
+                                    static_cast<const T *>(p.x) + b * p.x_strides.batch
+                                        + (p.length - 1) * p.x_strides.time + p.channels);
+                else
+                    copy_async_part(to, from[i] - skew, min(there, 16));
             }
             from[i] += kGroup * pitch;
             left[i] -= kGroup;
@@ -226,6 +217,28 @@ __global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kFull, kPacked>
                 final_states[c * (p.width - 1) + k] = conv_input<T>(p, b, c, p.length - (p.width - 1) + k);
         }
     }
+}
+
+// Rows of y lie on the grid of a lane's words; kOnGrid: those of x on that of 16-byte pieces.
+template <typename T, bool kOnGrid, bool kFull, bool kPacked>
+__global__ void __launch_bounds__(kConvThreads, kChannelsCtas<T, kFull, kPacked>) causal_conv1d_channels(
+    const __grid_constant__ CausalConv1dParams p) {
+    __shared__ ChannelRows<T, kOnGrid> rows[kConvThreads / 32];
+    const unsigned tiles = (p.channels + kTileChannels - 1) / kTileChannels;
+    const unsigned chunks = (p.length + p.steps - 1) / p.steps;
+    unsigned task = blockIdx.x * (kConvThreads / 32) + threadIdx.x / 32;
+    const int first = static_cast<int>(task % tiles) * kTileChannels;
+    task /= tiles;
+    const int start = static_cast<int>(task % chunks) * p.steps, end = min(start + p.steps, p.length);
+    const int64_t b = task / chunks;
+    if (b >= p.batch) return;                                // the whole warp
+    const bool at_end = b == p.batch - 1 && end == p.length && first + kTileChannels >= p.channels;
+    const auto convolve = [&](auto at_end) {
+        convolve_channels<T, kOnGrid, kFull, kPacked, decltype(at_end)::value>(p, b, first, start, end,
+                                                                               rows[threadIdx.x / 32]);
+    };
+    if (!kOnGrid && at_end) convolve(std::bool_constant<!kOnGrid>{});
+    else convolve(std::false_type{});
 }
 
 }  // namespace shedder
