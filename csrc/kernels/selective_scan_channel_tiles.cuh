@@ -20,7 +20,7 @@ struct ScanRows {
     static_assert(sizeof(Input) == 2 && (kLanes == 1 || kLanes == 2 || kLanes == 4));
     static constexpr int kChannels = 32 / kLanes;
     // Of a tile; 32 where 64 take so much shared memory that a multiprocessor has room for fewer warps.
-    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > (kOnGrid ? 6 : 2)) ? 32 : 64;
+    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > (kOnGrid ? 6 : 7)) ? 32 : 64;
     static constexpr int kSlots = kStates * kLanes;          // states there is room for
     static constexpr int kRowPieces = kSteps / kPieceSteps;
     static constexpr int kMemoryPieces = kRowPieces + !kOnGrid;              // that a row's steps lie in

@@ -98,6 +98,8 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         // A piece of which `steps` exist; kWhole: all.
         auto walk = [&](auto whole, int piece, int steps) {
             constexpr bool kWhole = decltype(whole)::value;
+            // A lane has read a word of its neighbour's z, where y comes now. Before the loads: none is waited for.
+            if (!Rows::kOnGrid && kLanes > 1) __syncwarp();
             Prepared next;
             if (kWhole) {
                 const int follows = (piece + 1) % Rows::kRowPieces;
@@ -167,7 +169,6 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
 #pragma unroll
             for (int k = 0; k < kOwn; ++k)
                 y[k] = (kLanes == 1 ? sums[k] : fmaf(skip, u[k], sums[k])) * own.gate[k];
-            if (!Rows::kOnGrid && kLanes > 1) __syncwarp();  // a lane reads a word of its neighbour's z
             rows.put_y(own.at + 2 * Rows::kTile, y);
             if (kWhole) own = next;
         };
