@@ -106,16 +106,16 @@ struct ScanChannelRows {
     }
 
     // use(its row is this lane's i-th, piece, where it begins in memory, skew) for each piece that a lane moves.
-    template <bool kAndBehind, typename At, typename Use>
+    template <bool kAndBehind, int kUnrolled = Rows::kCopies, typename At, typename Use>
     __device__ __forceinline__ void each_piece(At *at, int64_t pitch, Use use) const {
         const auto of_row = [&](int i, int piece, At *from) {
             const int skew = skew_of<Rows>(from);
             use(i, piece, from - skew, skew);
         };
-#pragma unroll
+#pragma unroll kUnrolled
         for (int i = 0; i < Rows::kCopies; ++i) of_row(i, copied_piece, at + i * kCopiedRows * pitch);
         if (kAndBehind && copied_piece == Rows::kRowPieces - 1)
-#pragma unroll
+#pragma unroll kUnrolled
             for (int i = 0; i < Rows::kCopies; ++i)
                 of_row(i, Rows::kRowPieces, at + i * kCopiedRows * pitch + kPieceSteps);
     }
@@ -146,7 +146,8 @@ struct ScanChannelRows {
             all([&](char *to, const Input *from, const void *first, const Strides3 &s) {
                 const Input *const end = static_cast<const Input *>(first) + (p.batch - 1) * s.batch + last * s.channel
                     + p.length;
-                each_piece<!Rows::kOnGrid>(from, s.channel, [&](int i, int piece, const Input *at, int skew) {
+                constexpr int kUnrolled = Rows::kOnGrid ? Rows::kCopies : 1;     // or code fills its cache
+                each_piece<!Rows::kOnGrid, kUnrolled>(from, s.channel, [&](int i, int piece, const Input *at, int skew) {
                     const int there = copies_row(i) ? left + skew - piece * kPieceSteps : 0;
                     char *const place = to + Rows::at(copied_row + i * kCopiedRows, piece);
                     const int bytes = min(max(there, 0), kPieceSteps) * 2;
@@ -281,16 +282,20 @@ struct ScanStateRows {
                 if (piece >= Rows::kMemoryPieces) return;
                 const int64_t pitch = s.state;
                 const Input *from = rows + first_row * pitch + start;
+                to += first_row * Rows::kRow + piece * 16;
+                if (whole) {
+#pragma unroll
+                    for (int i = 0; i < Rows::kSlots; i += kAtOnce, from += kAtOnce * pitch)
+                        if (first_row + i < p.dstate)
+                            copy_async_line(to + i * Rows::kRow, from - skew_of<Rows>(from) + piece * kPieceSteps);
+                    return;
+                }
                 const Input *const end = static_cast<const Input *>(first) + (p.batch - 1) * s.batch
                     + (p.dstate - 1) * pitch + p.length;
-                to += first_row * Rows::kRow + piece * 16;
-#pragma unroll
-                for (int i = 0; i < Rows::kSlots; i += kAtOnce, from += kAtOnce * pitch) {
-                    if (first_row + i >= p.dstate) continue;
+#pragma unroll 1
+                for (int i = first_row; i < p.dstate; i += kAtOnce, from += kAtOnce * pitch, to += kAtOnce * Rows::kRow) {
                     const int skew = skew_of<Rows>(from), there = left + skew - piece * kPieceSteps;
-                    const Input *const at = from - skew + piece * kPieceSteps;
-                    if (whole) copy_async_line(to + i * Rows::kRow, at);
-                    else copy_async_part(to + i * Rows::kRow, at, min(max(there, 0), kPieceSteps) * 2, end);
+                    copy_async_part(to, from - skew + piece * kPieceSteps, min(max(there, 0), kPieceSteps) * 2, end);
                 }
             };
             char *const raw = reinterpret_cast<char *>(tile);
