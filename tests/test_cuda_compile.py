@@ -66,6 +66,14 @@ def test_no_kernel_spills_or_keeps_an_array_in_local_memory(opcodes, family):
     assert not local, "loads and stores of local memory: " + ", ".join(f"{k} {n}" for k, n in local.items())
 
 
+def test_code_fits_the_instruction_cache(opcodes):
+    """The scan for many channels, three forms in one, is the largest. Unrolled in each of them, a path that is taken
+    once a row cost a third of the time (docs/measured-facts.md)."""
+    most = 16_000
+    large = {kernel: n for kernel, counts in opcodes.items() if (n := sum(counts.values())) > most}
+    assert not large, f"more than {most} instructions: {large}"
+
+
 def test_every_kernel_waits_for_the_one_before(opcodes):
     """All are launched so that they may begin before that one has ended (csrc/ops/cuda_launch.h)."""
     _assert_all_have(opcodes, "", "ACQBULK")
