@@ -20,6 +20,8 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from poison import poisoned
+
 from shedder.ops import cuda, triton
 
 BACKENDS = {"cuda": cuda, "triton": triton}
@@ -204,13 +206,6 @@ def calls(backend: str) -> Iterator[Call]:
     for make in makers:
         yield from make()
     yield from ssds((F16, BF16) if backend == "cuda" else (F32, BF16))
-
-
-def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def poison(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = allocate(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-    return poison
 
 
 @torch.no_grad()

@@ -12,10 +12,9 @@ from shedder.ops import cuda
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.skipif(cuda.available() is not None, reason=f"no CUDA backend: {cuda.available()}"),
 ]
-
-poisoned_outputs = hopper.poisoned_outputs
 
 # RMS error over RMS of the result. fp32: operands of the products keep 17 bits.
 TOLERANCE = hopper.TOLERANCE | {torch.float32: 1e-5}

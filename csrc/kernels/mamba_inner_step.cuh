@@ -38,7 +38,6 @@ __host__ __device__ inline int64_t mamba_inner_step_shared_floats(const MambaInn
     return p.share + int64_t{p.outputs} * (ranks + 1) + 4;
 }
 
-
 // Rows first, first + 1, ... of a matrix, on their way into the second cache: each thread asks for some lines.
 template <typename T>
 __device__ inline void prefetch_rows(const T *first_row, int rows, int64_t row_stride, int64_t row_bytes) {

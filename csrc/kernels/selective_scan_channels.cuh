@@ -215,9 +215,9 @@ __global__ void __launch_bounds__(128 * ScanKinds<Input, kSlots, kOnGrid>::kMost
     const int wide = deal.wide * p.batch, half = deal.half * p.batch;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     const int share = (warp / 4 * gridDim.x + blockIdx.x) * 4 + warp % 4;
-    auto take = [&](auto rows, int share, int in_batch, int before) {
+    auto take = [&](auto rows, int index, int in_batch, int before) {
         char *const shared = reinterpret_cast<char *>(shared_memory) + warp * Kinds::kWarpBytes;
-        const int b = share / in_batch, first = before + share % in_batch * decltype(rows)::kChannels;
+        const int b = index / in_batch, first = before + index % in_batch * decltype(rows)::kChannels;
         if (b < p.batch) scan_channels<decltype(rows)>(p, b, first, shared);
     };
     if (share < wide) take(typename Kinds::Wide{}, share, deal.wide, 0);
