@@ -138,10 +138,11 @@ struct ScanTile {
     static constexpr int kSharedBytes = 4 * (2 * kBCTile + kTiles * kTileWords);
 };
 
-// kAligned: all rows lie on the 16-byte grid, steps adjacent.
-template <typename Tile, int kMinBlocks, bool kAligned, bool kSegmented>
-__global__ void __launch_bounds__(Tile::kThreads, kMinBlocks)
-selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid_constant__ ScanTileAccess access) {
+// What a CTA does: its channels of batch entry b begin with `first`. kAligned: all rows lie on the 16-byte grid, steps
+// adjacent.
+template <typename Tile, bool kAligned, bool kSegmented>
+__device__ __forceinline__ void scan_tiles(const SelectiveScanParams &p, const ScanTileAccess &access, int64_t b,
+                                           int first) {
     using Input = typename Tile::Input;
     using Word = BCWord<Input>;
     constexpr int kStates = Tile::kStates, kLanes = Tile::kLanes, kOwn = Tile::kOwn, kSplit = Tile::kSplit;
@@ -155,9 +156,7 @@ selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid
     float *const step_rows = BC_tiles + 2 * kBCTile + team * Tile::kTileWords;
     float *const sum_rows = step_rows + kChannels * kStepRow;                     // [kSplit][kChannels][kSumRow]
 
-    const int cta = kSegmented ? blockIdx.y : blockIdx.x;    // x has room for many, but clusters lie along it
-    const int first_channel = (cta * Tile::kTiles + team) * kChannels, last = p.channels - 1;
-    const int64_t b = blockIdx.z;
+    const int first_channel = first + team * kChannels, last = p.channels - 1;
     int from = 0, length = p.length;                         // the steps of this CTA
     if constexpr (kSegmented) {
         const int tiles = (p.length + kSteps - 1) / kSteps, share = (tiles + gridDim.x - 1) / gridDim.x * kSteps;
@@ -497,6 +496,26 @@ selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid
 #pragma unroll
         for (int i = 0; i < kStates; ++i)
             if (const int64_t at = state_at(j, i); at >= 0) p.final_state[at] = h[j][i];
+}
+
+template <typename Tile, int kMinBlocks, bool kAligned, bool kSegmented>
+__global__ void __launch_bounds__(Tile::kThreads, kMinBlocks)
+selective_scan_tiled(const __grid_constant__ SelectiveScanParams p, const __grid_constant__ ScanTileAccess access) {
+    const int cta = kSegmented ? blockIdx.y : blockIdx.x;    // x has room for many, but clusters lie along it
+    scan_tiles<Tile, kAligned, kSegmented>(p, access, blockIdx.z, cta * Tile::kTiles * Tile::kChannels);
+}
+
+// Of each batch entry the first channels in `wide` CTAs of many, the others in `thin` ones of few: whole rounds of the
+// multiprocessors by the former, what is left over by CTAs that do less for each scheduler.
+template <typename Wide, typename Thin, int kMinBlocks, bool kAligned>
+__global__ void __launch_bounds__(Wide::kThreads, kMinBlocks)
+selective_scan_two_tiles(const __grid_constant__ SelectiveScanParams p, const __grid_constant__ ScanTileAccess access,
+                         int wide, int thin) {
+    static_assert(Wide::kThreads == Thin::kThreads);
+    constexpr int kWide = Wide::kTiles * Wide::kChannels, kThin = Thin::kTiles * Thin::kChannels;
+    const int cta = blockIdx.x, others = cta - wide * p.batch;
+    if (others < 0) scan_tiles<Wide, kAligned, false>(p, access, cta / wide, cta % wide * kWide);
+    else scan_tiles<Thin, kAligned, false>(p, access, others / thin, wide * kWide + others % thin * kThin);
 }
 
 }  // namespace shedder

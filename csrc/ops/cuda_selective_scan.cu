@@ -92,9 +92,24 @@ void launch_many_states(const SelectiveScanParams &p, const ScanTileAccess &acce
 constexpr int64_t kFewChannels = 8192;
 
 template <typename Input>
-void launch_few_channels(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
+void launch_few_channels(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device,
+                         cudaStream_t stream) {
     if (p.dstate <= 8) return launch_tiled<Input, 1, 4, 1, 2, 1, 64, 8>(p, access, stream);
-    return launch_tiled<Input, 2, 4, 1, 2, 1, 64, 8>(p, access, stream);
+    // Two rounds or more of CTAs of 16 channels, and what is left over as CTAs of 8 that four warps share.
+    using Wide = ScanTile<Input, 2, 4, 1, 2, 2, 64>;
+    using Thin = ScanTile<Input, 1, 4, 1, 4, 1, 64>;
+    constexpr int kWide = Wide::kChannels * Wide::kTiles, kShared = std::max(Wide::kSharedBytes, Thin::kSharedBytes);
+    const int64_t processors = multiprocessors(device), rounds = int64_t{p.batch} * p.channels / (processors * kWide);
+    const int wide = static_cast<int>(rounds * processors / p.batch);
+    const int thin = (p.channels - wide * kWide + Thin::kChannels - 1) / Thin::kChannels;
+    if (rounds < 2 || thin * int64_t{p.batch} > processors)
+        return launch_tiled<Input, 2, 4, 1, 2, 1, 64, 8>(p, access, stream);
+    const Ctas ctas{static_cast<unsigned>((wide + thin) * p.batch), Wide::kThreads, kShared};
+    constexpr int kMinBlocks = room<Input>(4);
+    if (on_the_grid(access))
+        launch_ctas(selective_scan_two_tiles<Wide, Thin, kMinBlocks, true>, ctas, stream, p, access, wide, thin);
+    else
+        launch_ctas(selective_scan_two_tiles<Wide, Thin, kMinBlocks, false>, ctas, stream, p, access, wide, thin);
 }
 
 template <typename Input>
@@ -167,7 +182,7 @@ void launch(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t 
     if (p.dstate > 16) return launch_many_states<Input>(p, access, stream);
     if (launch_segments<Input>(p, access, device, stream)) return;
     if (launch_many_channels<Input>(p, access, device, stream)) return;
-    if (int64_t{p.batch} * p.channels < kFewChannels) return launch_few_channels<Input>(p, access, stream);
+    if (int64_t{p.batch} * p.channels < kFewChannels) return launch_few_channels<Input>(p, access, device, stream);
     launch_some_channels<Input>(p, access, stream);
 }
 
