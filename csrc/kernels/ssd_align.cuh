@@ -75,4 +75,11 @@ __global__ void __launch_bounds__(kAlignThreads) ssd_align(const __grid_constant
     }
 }
 
+// The tickets of ssd_fwd to zeros where nothing is aligned: a kernel, since ssd_fwd cannot begin while a memset ends.
+static __global__ void __launch_bounds__(kAlignThreads) ssd_clear(int32_t *tickets, int count) {
+    wait_for_kernel_before();
+    start_dependents();
+    for (int i = threadIdx.x; i < count; i += kAlignThreads) tickets[i] = 0;
+}
+
 }  // namespace shedder

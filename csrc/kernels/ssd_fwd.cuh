@@ -105,6 +105,11 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     const uint32_t shared_at = shared_address(shared), full_at = shared_at + Shared::kBarriers,
                    empty_at = full_at + kStages * 8;
     SsdPlace &place = *reinterpret_cast<SsdPlace *>(shared + Shared::kPlace);
+    if (threadIdx.x == kCopyWarp * 32) {
+        prefetch_map(&p.C);
+        prefetch_map(&p.B);
+        prefetch_map(&p.x.map);
+    }
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             barrier_init(full_at + i * 8, 2);

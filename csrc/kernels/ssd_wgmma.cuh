@@ -111,6 +111,10 @@ __device__ __forceinline__ void wgmma_ss(float *d, uint64_t a, uint64_t b, bool 
 #undef SHEDDER_WGMMA_RS
 #undef SHEDDER_BY_WIDTH
 
+// A tensor map among the parameters of the kernel, on its way to where the copy engine reads it.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 // A box of a tensor map to shared memory, first column first; its bytes count for `barrier`. By one thread.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int column, int row, int batch,
                                          uint32_t barrier) {

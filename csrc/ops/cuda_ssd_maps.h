@@ -128,7 +128,8 @@ inline std::optional<AlignedCopies> make_states_maps(SsdParams &p, const Tensor 
         if (!is_aligned(*t, 32)) unfit.push_back(t);
     std::optional<AlignedCopies> copies;
     if (!unfit.empty()) copies = copy_aligned(unfit, columns, true, p.tickets, ticket_count, stream);
-    else if (ticket_count > 0) cudaMemsetAsync(p.tickets, 0, ticket_count * sizeof(int32_t), stream);
+    else if (ticket_count > 0)
+        launch_ctas(ssd_clear, {1, kAlignThreads}, stream, p.tickets, static_cast<int>(ticket_count));
     auto map = [&](const char *name, const Tensor &t) {
         const auto copy = std::find(unfit.begin(), unfit.end(), &t);
         if (copy == unfit.end())
