@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     using Shared = SsdShared<kStates16, kExtras>;
     extern __shared__ char shared_memory[];
     char *const shared = shared_memory + (-shared_address(shared_memory) & 1023);
-    const uint32_t shared_at = shared_address(shared), full_at = shared_at + Shared::kBarriers,
-                   empty_at = full_at + kStages * 8;
+    const uint32_t shared_at = shared_address(shared), states_there = shared_at + Shared::kStatesThere,
+                   channels_there = shared_at + Shared::kChannelsThere, empty_at = shared_at + Shared::kIsFree;
     SsdPlace &place = *reinterpret_cast<SsdPlace *>(shared + Shared::kPlace);
     if (threadIdx.x == kCopyWarp * 32) {
         prefetch_map(&p.C);
@@ -112,11 +112,12 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     }
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
-            barrier_init(full_at + i * 8, 2);
-            barrier_init(empty_at + i * 8, 4 * p.cluster + (kExtras ? 2 : 0));
+            barrier_init(states_there + i * 8, 1);
+            barrier_init(channels_there + i * 8, 1 + kWarpArrivals);         // copies, decays
+            barrier_init(empty_at + i * 8, (4 * p.cluster + (kExtras ? 2 : 0)) * kWarpArrivals);
         }
         for (int i = 0; i < kGivenPlaces; ++i) {
-            const uint32_t given_at = empty_at + (kStages + i) * 8;
+            const uint32_t given_at = shared_at + Shared::kGivenThere + i * 8;
             barrier_init(given_at, 1);
             if (!kExtras) barrier_arrive_expecting(given_at, kGivenBytes);
         }
@@ -173,12 +174,8 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
         if (threadIdx.x == 0) release(is_left(of), __float_as_int(-decay));
     };
     auto release_stage = [&](int stage) {                    // to all who copy into it
-        __syncwarp();
-        if (p.cluster > 1) {
-            if (lane < p.cluster) barrier_arrive_remote(empty_at + stage * 8, lane);
-        } else if (lane == 0) {
-            barrier_arrive(empty_at + stage * 8);
-        }
+        if (p.cluster > 1) barrier_arrive_by_warp(empty_at + stage * 8, lane, p.cluster);
+        else barrier_arrive_by_warp(empty_at + stage * 8, lane);
     };
     // The channels of this thread's rows, and their places in states; found anew at each use: registers are short.
     auto channel_of = [&](const SsdRows &rows, int down) {
@@ -271,7 +268,8 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 const uint32_t B_at = shared_at + stage * Shared::kStage + Shared::kOperand;
                 const uint32_t x_at = B_at + Shared::kOperand;
                 const SsdDecays &decays = decays_of(stage);
-                barrier_wait(full_at + stage * 8, parity);
+                barrier_wait(states_there + stage * 8, parity);
+                barrier_wait(channels_there + stage * 8, parity);
                 SsdWeighted weighted;
                 load_channels(weighted.x, x_at, rest_of(stage));
                 weigh_for_state<Input>(weighted.x, weighted, decays, q);
@@ -280,7 +278,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 wgmma_wait<0>();
                 pin(h);
                 release_stage(stage);
-                if (kExtras && lane == 0 && warp < 2) barrier_arrive(empty_at + stage * 8);  // there is no y to store
+                if (kExtras && warp < 2) barrier_arrive_by_warp(empty_at + stage * 8, lane);  // there is no y to store
                 if (++stage == kStages) stage = 0, parity ^= 1;
             }
             leave(h, piece.leaves, decay);
@@ -301,6 +299,10 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
         }
         uint32_t S_at = scores_at + tile_offset(warp * 16 + lane % 8 + 8 * (block & 1), (block >> 1) * 16);
         float S[32];
+        uint32_t y_offset = x_offset;
+        if (!kExtras && p.y_boxes == SsdBoxesOfY::kPairs)    // whole pieces first
+            y_offset = tile_offset(lane % 8 + 8 * (block >> 1),
+                                   warp * 32 + (block & 1) * 16 - pair_rows_of(p, rows, place.rank).turn * 16 & 127);
         auto begin_scores = [&](int stage) {                 // C B^T of a stage, on its way
             const uint64_t C_tile = descriptor(shared_at + stage * Shared::kStage);
             const uint64_t B_tile = later(C_tile, Shared::kOperand);
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             wgmma_commit();
         };
         auto take_scores = [&] {
-            barrier_wait(full_at + stage * 8, parity);
+            barrier_wait(states_there + stage * 8, parity);
             begin_scores(stage);
             wgmma_wait<0>();
             pin(S);
@@ -326,11 +328,12 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             const uint32_t x_at = B_at + Shared::kOperand;
             const SsdDecays &decays = decays_of(stage);
             // Hidden, else addresses and single bits fill the registers.
-            asm volatile("" : "+r"(S_at), "+r"(x_offset), "+r"(thread), "+r"(seen));
+            asm volatile("" : "+r"(S_at), "+r"(x_offset), "+r"(y_offset), "+r"(thread), "+r"(seen));
             const int row0 = thread / 32 * 16 + thread / 4 % 8, q = thread % 4;
             const uint64_t C_tile = descriptor(C_at), B_tile = descriptor(B_at), S_tile = descriptor(scores_at);
             float y[32];
             if constexpr (!kEarly) take_scores();
+            barrier_wait(channels_there + stage * 8, parity);
             const float s_row[2] = {decays.s[row0], decays.s[row0 + 8]};
             if (kExtras && p.runs != nullptr) {
                 const int run[2] = {decays.run[row0] >> 1, decays.run[row0 + 8] >> 1};
@@ -446,7 +449,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             wgmma_wait<1>();
             pin(y);
             if constexpr (kEarly) {                          // of the next chunk, or of whatever is there
-                if (left > 1) barrier_wait(full_at + (stage ^ 1) * 8, parity ^ stage);
+                if (left > 1) barrier_wait(states_there + (stage ^ 1) * 8, parity ^ stage);
                 begin_scores(stage ^ 1);
             }
             if (kExtras && p.has_z) {
@@ -472,7 +475,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
 #pragma unroll
             for (int pair = 0; pair < 4; ++pair) {
                 const float *v = y + pair * 8;
-                store_transposed(shared_at + y_tile + x_offset + pair * 2048, pack<Input>(v[0], v[1]),
+                store_transposed(shared_at + y_tile + y_offset + pair * 2048, pack<Input>(v[0], v[1]),
                                  pack<Input>(v[2], v[3]), pack<Input>(v[4], v[5]), pack<Input>(v[6], v[7]));
             }
             fence_for_wgmma();                               // boxes are stored from there, or copied to it

@@ -26,18 +26,18 @@ struct SsdOperand {
     int batch, batches;                                      // columns between batch entries and 0, or 0 and 1
 };
 
-// What the copy engine stores y in, where it does: boxes of the maps y_map and y_second.
+// What the copy engine stores y in, where it does.
 enum class SsdBoxesOfY : int {
     kNone,
-    kHeads,                                                  // of y_map, each of one head
-    kPairs,                                                  // of two neighbours, the CTAs of a cluster: the channels of
-                                                             // the first but its last 4, and all others
+    kHeads,                                                  // boxes of the first map, each of one head
+    kPairs,                                                  // of two neighbours, the CTAs of a cluster: SsdPairRows
 };
 
 struct SsdParams {
     CUtensorMap C, B;                                        // (batch, group, row, state): Input; a share of 64 rows
     SsdOperand x, z;                                         // Input; z where has_z
-    CUtensorMap y_map, y_second;                             // (batch, token, head or pair, channel): Input
+    CUtensorMap y_maps[3];                                   // kHeads: (batch, token, head, channel); kPairs: (batch,
+                                                             // token, 0, column), boxes of headdim / 8 - 1, + 0, + 1 pieces
     bool has_z;
     const void *dt;                                          // Input, or float where dt_float
     const float *A, *D, *dt_bias, *initial;                  // all but A may be null; initial as final_states
@@ -156,6 +156,25 @@ __device__ __forceinline__ SsdRows rows_of(const SsdParams &p, int state) {
     rows.first = rows.x & 7;
     rows.rest = rows.first + rows.channels > 64;
     return rows;
+}
+
+// The whole pieces of 16 bytes in memory that a CTA of a pair stores of each row of y. The first one gives the end of its
+// row, less than a piece, to the second, which finds it before its own first channel. What shares a piece with another
+// pair, at the start of the first's row and at the end of the second's, is stored apart: an even number of elements.
+struct SsdPairRows {
+    int turn;                                                // pieces that are stored apart at the start: 0 or 1
+    int pieces, column;                                      // whole ones; of y, the first one's
+    int ahead, behind;                                       // elements of other heads before the row, of it after them
+};
+
+__device__ __forceinline__ SsdPairRows pair_rows_of(const SsdParams &p, const SsdRows &rows, int rank) {
+    SsdPairRows pair;
+    pair.ahead = rows.first;
+    pair.turn = rank == 0 && pair.ahead > 0;
+    pair.pieces = (pair.ahead + rows.channels) / 8 - pair.turn;
+    pair.column = rows.head * p.headdim - pair.ahead + pair.turn * 8;
+    pair.behind = pair.ahead + rows.channels & 7;
+    return pair;
 }
 
 }  // namespace shedder

@@ -14,7 +14,7 @@ namespace shedder {
 constexpr int kStages = 2;
 constexpr int kRestBytes = kTileRows * 16;                    // of a box of the map `rest`
 constexpr int kYTaken = 2, kYThere = 3;                      // named barriers of the consumer and who stores y
-constexpr int kGivenBytes = kChunk * 8, kGivenPlaces = 4;    // of a chunk of y, from one head to the next
+constexpr int kGivenBytes = kChunk * 16, kGivenPlaces = 4;   // of a chunk of y, from one head to the next
 
 template <int kStates16, bool kExtras>
 struct SsdShared {
@@ -27,8 +27,11 @@ struct SsdShared {
     static constexpr int kRest = kY + (kExtras ? 0 : kTileBytes);            // of x, z of each stage
     static constexpr int kDecays = kRest + kStages * kInputs * kRestBytes;
     static constexpr int kGiven = kDecays + kStages * sizeof(SsdDecays);     // where z does not leave its tile to y
-    static constexpr int kBarriers = kGiven + (kExtras ? 0 : kGivenPlaces * kGivenBytes);    // full, empty; of kGiven
-    static constexpr int kPlace = kBarriers + kStages * 16 + kGivenPlaces * 8;
+    // Barriers of each stage: C and B are there; the rest is; all is free. Of each place of kGiven.
+    static constexpr int kStatesThere = kGiven + (kExtras ? 0 : kGivenPlaces * kGivenBytes);
+    static constexpr int kChannelsThere = kStatesThere + kStages * 8, kIsFree = kChannelsThere + kStages * 8;
+    static constexpr int kGivenThere = kIsFree + kStages * 8;
+    static constexpr int kPlace = kGivenThere + kGivenPlaces * 8;
     static constexpr int kBytes = kPlace + 16 + 1024;          // and room to align the first tile
 };
 
@@ -50,7 +53,6 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
     const bool copies = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == kCopyWarp;
     const int lane = threadIdx.x % 32;
     const bool has_z = kExtras && p.has_z;
-    const uint32_t full_at = shared_at + Shared::kBarriers, empty_at = full_at + kStages * 8;
     int stage = 0;
     uint32_t parity = 1;
 #pragma unroll 1
@@ -75,29 +77,28 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
                     const uint32_t stage_at = shared_at + stage * Shared::kStage,
                                    x_at = stage_at + 2 * Shared::kOperand,
                                    rest_at = shared_at + Shared::kRest + stage * Shared::kInputs * kRestBytes;
-                    const uint32_t full = full_at + stage * 8;
-                    barrier_wait(empty_at + stage * 8, parity);
-                    barrier_arrive_expecting(full, (2 - local) * Shared::kOperand
-                                                       + operands * (kTileBytes + rows.rest * kRestBytes));
+                    const uint32_t states_there = shared_at + Shared::kStatesThere + stage * 8,
+                                   channels_there = shared_at + Shared::kChannelsThere + stage * 8;
+                    barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
+                    barrier_arrive_expecting(states_there, (2 - local) * Shared::kOperand);
 #pragma unroll 1
                     for (int part = first_share; part <= last_share; ++part)
 #pragma unroll
                         for (int t = 0; t < Shared::kTiles; ++t) {
                             const uint32_t to = stage_at + t * kTileBytes + part * share * 128;
                             const int row = chunk * kChunk + part * share;
-                            if (!local) copy_box(to, &p.C, t * 64, row, group, batch, full, to_all);
-                            copy_box(to + Shared::kOperand, &p.B, t * 64, row, group, batch, full, to_all);
+                            if (!local) copy_box(to, &p.C, t * 64, row, group, batch, states_there, to_all);
+                            copy_box(to + Shared::kOperand, &p.B, t * 64, row, group, batch, states_there, to_all);
                         }
+                    barrier_arrive_expecting(channels_there, operands * (kTileBytes + rows.rest * kRestBytes));
 #pragma unroll 1
                     for (int operand = 0; operand < operands; ++operand) {
                         const SsdOperand &from = operand == 0 ? p.x : p.z;
                         const int column = (operand == 0 ? rows.x : rows.z) & ~7, entry = batch * from.batches;
-                        copy_box(x_at + operand * kTileBytes, &from.map, column, chunk * kChunk, entry, full);
-                        if (chunk + 1 < piece.last)          // the next one into L2
-                            prefetch_box(&from.map, column, (chunk + 1) * kChunk, entry);
+                        copy_box(x_at + operand * kTileBytes, &from.map, column, chunk * kChunk, entry, channels_there);
                         if (rows.rest)
                             copy_box(rest_at + operand * kRestBytes, &from.rest, column + 64, chunk * kChunk, entry,
-                                     full);
+                                     channels_there);
                     }
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
@@ -115,11 +116,10 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
                 for (int chunk = piece.first; chunk < piece.last; ++chunk) {
                     const uint2 dt = next;
                     next = fetch_dt(p, source, chunk + 1, lane);
-                    barrier_wait(empty_at + stage * 8, parity);
+                    barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
                     prepare_decays<Input>(p, source, chunk, lane, dt,
                                           reinterpret_cast<SsdDecays *>(shared + Shared::kDecays)[stage]);
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(full_at + stage * 8);
+                    barrier_arrive_by_warp(shared_at + Shared::kChannelsThere + stage * 8, lane);
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
             }
@@ -127,28 +127,60 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
     }
 }
 
-// Of two heads in a cluster the first gives the last 4 channels of a chunk's rows to the second, whose tile has its first
-// 4 columns free. Neither waits for room: the second has released the stage of chunk n - 2 when the first has found y of
-// n, so what it was given of n - 3 is stored. By the two warps that store y.
+// Of two heads in a cluster the first gives the end of a chunk's rows to the second, which puts it before its own. Neither
+// waits for room: the second has released the stage of chunk n - 2 when the first has found y of n, so what it was given
+// of n - 3 is stored. Then stores `count` rows at `y`, the first channel of the first. By the two warps that store y.
 template <int kStates16>
-__device__ __forceinline__ void hand_over(const SsdParams &p, int rank, unsigned chunks, char *shared,
-                                          uint32_t shared_at, unsigned thread) {
+__device__ __forceinline__ void store_pair(const SsdParams &p, const SsdPairRows &pair, int rank, unsigned chunks,
+                                           char *shared, uint32_t shared_at, unsigned thread, char *y, int64_t stride,
+                                           int count, int chunk, int batch) {
     using Shared = SsdShared<kStates16, false>;
     const unsigned place = chunks % kGivenPlaces;
-    char *const tile = shared + Shared::kY, *const given = shared + Shared::kGiven + place * kGivenBytes + thread * 8;
-    const uint32_t barrier = shared_at + Shared::kBarriers + kStages * 16 + place * 8;
+    char *const tile = shared + Shared::kY, *const given_at = shared + Shared::kGiven + place * kGivenBytes + thread * 16;
+    const uint32_t barrier = shared_at + Shared::kGivenThere + place * 8;
+    const auto piece = [&](int column) -> uint4 & {          // of 8 columns of this thread's row
+        return *reinterpret_cast<uint4 *>(tile + tile_offset(thread, column * 16 & 127));
+    };
+    const uint4 end = piece(pair.pieces);
+    uint4 apart = end;                                       // with another pair
     if (rank == 0) {
-        *reinterpret_cast<uint2 *>(given) =
-            *reinterpret_cast<const uint2 *>(tile + tile_offset(thread, p.headdim * 2 - 8));
+        *reinterpret_cast<uint4 *>(given_at) = end;
+        apart = piece(7);
     } else {
+        uint4 &first = piece(0);
         barrier_wait(barrier, chunks / kGivenPlaces & 1);
-        *reinterpret_cast<uint2 *>(tile + tile_offset(thread, 0)) = *reinterpret_cast<const uint2 *>(given);
+        const uint4 given = *reinterpret_cast<const uint4 *>(given_at), own = first;
+        const auto joined = [&](int word, uint32_t given, uint32_t own) {
+            const int elements = pair.ahead - 2 * word;
+            return elements >= 2 ? given : elements == 1 ? __byte_perm(given, own, 0x7610) : own;
+        };
+        first = {joined(0, given.x, own.x), joined(1, given.y, own.y), joined(2, given.z, own.z),
+                 joined(3, given.w, own.w)};
     }
     fence_for_wgmma();                                       // the copy engine reads it
     asm volatile("bar.sync 4, 64;" ::: "memory");
-    if (thread > 0) return;
-    if (rank == 0) send_bytes(shared_at + Shared::kGiven + place * kGivenBytes, kGivenBytes, barrier, 1);
-    else barrier_arrive_expecting(barrier, kGivenBytes);     // the next time
+    if (thread == 0) {
+        if (rank == 0) send_bytes(shared_at + Shared::kGiven + place * kGivenBytes, kGivenBytes, barrier, 1);
+        else barrier_arrive_expecting(barrier, kGivenBytes); // the next time
+        store_box(p.y_maps + pair.pieces - p.headdim / 8 + 1, pair.column, 0, chunk * kChunk, batch,
+                  shared_at + Shared::kY);
+    }
+    if (static_cast<int>(thread) < count) {
+        char *const row = y + thread * stride;
+        if (rank == 0) {                                     // elements `ahead` to 7 of the piece
+            char *const start = row - pair.ahead * 2;
+            if (pair.ahead == 2) *reinterpret_cast<uint32_t *>(start + 4) = apart.y;
+            if (pair.ahead == 6) *reinterpret_cast<uint32_t *>(start + 12) = apart.w;
+            else if (pair.ahead > 0) *reinterpret_cast<uint2 *>(start + 8) = {apart.z, apart.w};
+        } else {                                             // 0 to behind - 1
+            char *const start = row + (p.headdim - pair.behind) * 2;
+            if (pair.behind >= 4) *reinterpret_cast<uint2 *>(start) = {apart.x, apart.y};
+            if (pair.behind == 2) *reinterpret_cast<uint32_t *>(start) = apart.x;
+            if (pair.behind == 6) *reinterpret_cast<uint32_t *>(start + 8) = apart.z;
+        }
+    }
+    if (thread == 0) wait_for_stores_to_read();
+    __syncwarp();
 }
 
 // Two warps that store y.
@@ -163,6 +195,7 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
     for (int i = 0; i < pieces_of(p, place); ++i) {
         const SsdPiece piece = piece_of(p, place, i);
         const SsdRows rows = rows_of<kExtras>(p, piece.state);
+        const SsdPairRows pair = pair_rows_of(p, rows, place.rank);
         const int batch = piece.state / (p.heads * p.tiles);
         char *y = static_cast<char *>(p.y) + (batch * int64_t{p.length} + piece.first * kChunk) * stride
             + (rows.head * p.headdim + rows.first_channel) * 2;
@@ -174,24 +207,21 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
             barrier_arrive_at<kYTaken>();
             barrier_sync_at<kYThere>();
             const int count = min(p.length - chunk * kChunk, kChunk);
-            if (p.y_boxes != SsdBoxesOfY::kNone) {
-                const bool pairs = !kExtras && p.y_boxes == SsdBoxesOfY::kPairs;
-                if constexpr (!kExtras)
-                    if (pairs) hand_over<kStates16>(p, place.rank, chunks++, shared, shared_at, thread);
+            if (p.y_boxes == SsdBoxesOfY::kHeads) {
                 if (thread == 0) {
-                    store_box(pairs && place.rank > 0 ? &p.y_second : &p.y_map, rows.first_channel,
-                              pairs ? rows.head / 2 : rows.head, chunk * kChunk, batch, shared_at + tile_at);
+                    store_box(p.y_maps, rows.first_channel, rows.head, chunk * kChunk, batch, shared_at + tile_at);
                     wait_for_stores_to_read();
                 }
                 __syncwarp();
+            } else if (!kExtras && p.y_boxes == SsdBoxesOfY::kPairs) {
+                if constexpr (!kExtras)
+                    store_pair<kStates16>(p, pair, place.rank, chunks++, shared, shared_at, thread, y, stride, count,
+                                          chunk, batch);
             } else {
                 store_rows(y, stride, shared + tile_at, rows.first, count, rows.channels, thread);
             }
             y += kChunk * stride;
-            if constexpr (kExtras) {
-                __syncwarp();
-                if (thread % 32 == 0) barrier_arrive(shared_at + Shared::kBarriers + (kStages + stage) * 8);
-            }
+            if constexpr (kExtras) barrier_arrive_by_warp(shared_at + Shared::kIsFree + stage * 8, thread % 32);
             if (++stage == kStages) stage = 0;
         }
     }

@@ -122,10 +122,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, in
                  "[%1, {%2, %3, %4}], [%5];"
                  ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(batch), "r"(barrier) : "memory");
 }
-__device__ __forceinline__ void prefetch_box(const CUtensorMap *map, int column, int row, int batch) {       // into L2
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];"
-                 ::"l"(map), "r"(column), "r"(row), "r"(batch) : "memory");
-}
 // to_all: bits of the CTAs of the cluster that the box goes to, each at the same place and with the same barrier; 0:
 // here.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int column, int row, int group, int batch,
@@ -181,6 +177,26 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int b
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, int rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
+}
+// A warp arrives by one lane, after the others. compute-sanitizer's racecheck takes that for the arrival of this lane alone:
+// compiled with SHEDDER_RACECHECK all arrive.
+#ifdef SHEDDER_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void barrier_arrive_by_warp(uint32_t barrier, int lane) {
+    __syncwarp();
+    if (lane < kWarpArrivals) barrier_arrive(barrier);
+}
+// At the same place in all CTAs of a cluster.
+__device__ __forceinline__ void barrier_arrive_by_warp(uint32_t barrier, int lane, int ranks) {
+    __syncwarp();
+    if constexpr (kWarpArrivals == 1) {
+        if (lane < ranks) barrier_arrive_remote(barrier, lane);
+    } else {
+        for (int rank = 0; rank < ranks; ++rank) barrier_arrive_remote(barrier, rank);
+    }
 }
 __device__ __forceinline__ void store_remote(uint32_t address, int rank, int value) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"

@@ -36,7 +36,7 @@ inline CUtensorMap tensor_map(const char *name, ScalarType dtype, uint64_t addre
         &map,
         dtype == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, dimensions,
         reinterpret_cast<void *>(address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        box[0] >= 16 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     STD_TORCH_CHECK(result == CUDA_SUCCESS, "shedder_cuda::ssd: the CUDA driver makes no tensor map of ", name,
                     " (error ", static_cast<int>(result), ")");
@@ -197,27 +197,26 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
     return copies;
 }
 
-// The maps of y where its rows, or those of two neighbours in a cluster, are whole pieces of 16 bytes, and those of x lie
+// The maps of y where its rows, or those of two neighbours in a cluster, hold whole pieces of 16 bytes, and those of x lie
 // alike.
 inline void make_y_maps(SsdParams &p, const Tensor &y) {
     const uint64_t heads = p.heads, headdim = p.headdim, token = heads * headdim;
     p.y_boxes = SsdBoxesOfY::kNone;
-    if (p.x.first != 0 || p.x.batch % 8 != 0 || address_of(y) % 16 != 0) return;
-    auto map = [&](uint64_t first, uint64_t columns, uint64_t of_head) {
-        const uint64_t sizes[4] = {columns, token / of_head, static_cast<uint64_t>(y.size(1)),
+    if (p.x.first != 0 || p.x.batch % 8 != 0 || address_of(y) % 16 != 0 || token % 8 != 0) return;
+    auto map = [&](uint64_t columns, uint64_t of_box) {      // that lie side by side
+        const uint64_t sizes[4] = {columns, token / columns, static_cast<uint64_t>(y.size(1)),
                                    static_cast<uint64_t>(y.size(0))};
-        const uint64_t strides[3] = {of_head * 2, token * 2, sizes[2] * token * 2};
-        const uint32_t box[4] = {64, 1, kChunk, 1};
-        return tensor_map("y", y.scalar_type(), address_of(y) + first * 2, 4, sizes, strides, box);
+        const uint64_t strides[3] = {columns * 2, token * 2, sizes[2] * token * 2};
+        const uint32_t box[4] = {static_cast<uint32_t>(of_box), 1, kChunk, 1};
+        return tensor_map("y", y.scalar_type(), address_of(y), 4, sizes, strides, box);
     };
     if (headdim % 8 == 0 && (heads == 1 || p.x.head % 8 == 0)) {
         p.y_boxes = SsdBoxesOfY::kHeads;
-        p.y_map = map(0, headdim, headdim);
-    } else if (headdim % 8 == 4 && 8 < headdim && headdim < 64 && heads % 2 == 0 && p.x.head % 8 == 4
+        p.y_maps[0] = map(headdim, 64);
+    } else if (headdim % 8 != 0 && 24 < headdim && headdim < 64 && heads % 2 == 0 && p.x.head % 8 == headdim % 8
                && p.cluster == 2 && !p.has_z && p.runs == nullptr) {
         p.y_boxes = SsdBoxesOfY::kPairs;
-        p.y_map = map(0, headdim - 4, 2 * headdim);
-        p.y_second = map(headdim - 4, headdim + 4, 2 * headdim);
+        for (int i = 0; i < 3; ++i) p.y_maps[i] = map(token, (headdim / 8 + i - 1) * 8);
     }
 }
 
