@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from small_calls import BACKENDS
 
+from shedder import native
+
 CALLS = Path(__file__).resolve().parent / "small_calls.py"
 SANITIZER = shutil.which("compute-sanitizer")
 
@@ -23,6 +25,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow,
 def test_small_calls_are_clean(tool, backend):
     if reason := BACKENDS[backend].available():
         pytest.skip(reason)
+    if (tool, backend) == ("racecheck", "cuda") and not native.build_info().get("racecheck"):
+        pytest.skip("racecheck counts an arrival at an mbarrier for one lane: build with SHEDDER_RACECHECK=1")
     assert SANITIZER is not None
     done = subprocess.run([SANITIZER, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only",
                            sys.executable, str(CALLS), backend], capture_output=True, text=True,
