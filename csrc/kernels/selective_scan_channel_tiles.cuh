@@ -97,7 +97,6 @@ struct ScanChannelRows {
     }
 
     __device__ bool exists() const { return first_channel + row <= last; }
-    __device__ bool all_exist() const { return first_channel + Rows::kChannels - 1 <= last; }
     __device__ bool copies_row(int i) const { return first_channel + copied_row + i * kCopiedRows <= last; }
     __device__ char *tile_of(int stage, int tensor) const { return tiles + (stage * 3 + tensor) * Rows::kTile; }
     // Of this lane's steps of u: where the word begins that they begin in.
@@ -120,41 +119,22 @@ struct ScanChannelRows {
                 of_row(i, Rows::kRowPieces, at + i * kCopiedRows * pitch + kPieceSteps);
     }
 
-    // The next tile, of which `left` steps exist, on its way. Zeros for rows and steps not there.
+    // The next tile, of which `left` steps exist, on its way. Zeros for steps not there; anything for rows.
     __device__ __forceinline__ void copy(int left, int stage) {
-        const auto all = [&](auto copy_rows) {
-            const auto copy_tensor = [&](int tensor, const Input *&from, const void *first, const Strides3 &s) {
-                copy_rows(tile_of(stage, tensor), from, first, s);
-                from += kSteps;
-            };
-            copy_tensor(0, u_at, p.u, p.u_strides);
-            copy_tensor(1, delta_at, p.delta, p.delta_strides);
-            if (p.z != nullptr) copy_tensor(2, z_at, p.z, p.z_strides);
-        };
-        if (all_exist() && left >= kSteps + !Rows::kOnGrid * kPieceSteps)
-            all([&](char *to, const Input *from, const void *, const Strides3 &s) {
-                each_piece<false>(from, s.channel, [&](int i, int piece, const Input *at, int) {
-                    copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, piece), at);
-                });
-                const int lane = threadIdx.x % 32;
-                if (!Rows::kOnGrid && lane < Rows::kChannels) {              // the piece behind, of a row for each lane
-                    const Input *const at = from + (lane - copied_row) * s.channel + (kSteps - copied_piece * kPieceSteps);
-                    copy_async_line(to + Rows::at(lane, Rows::kRowPieces), at - skew_of<Rows>(at));
-                }
-            });
-        else
-            all([&](char *to, const Input *from, const void *first, const Strides3 &s) {
-                const Input *const end = static_cast<const Input *>(first) + (p.batch - 1) * s.batch + last * s.channel
-                    + p.length;
-                constexpr int kUnrolled = Rows::kOnGrid ? Rows::kCopies : 1;     // or code fills its cache
-                each_piece<!Rows::kOnGrid, kUnrolled>(from, s.channel, [&](int i, int piece, const Input *at, int skew) {
-                    const int there = copies_row(i) ? left + skew - piece * kPieceSteps : 0;
-                    char *const place = to + Rows::at(copied_row + i * kCopiedRows, piece);
-                    const int bytes = min(max(there, 0), kPieceSteps) * 2;
-                    if constexpr (Rows::kOnGrid) copy_async_part(place, at, bytes);
-                    else copy_async_part(place, at, bytes, end);
-                });
-            });
+        if (left >= kSteps + !Rows::kOnGrid * kPieceSteps) {
+            copy_whole(tile_of(stage, 0), u_at, p.u_strides.channel);
+            copy_whole(tile_of(stage, 1), delta_at, p.delta_strides.channel);
+            if (p.z != nullptr) copy_whole(tile_of(stage, 2), z_at, p.z_strides.channel);
+        } else {
+#pragma unroll 1
+            for (int tensor = 0; tensor < 2 + (p.z != nullptr); ++tensor) {
+                const auto one_of = [&](auto u, auto delta, auto z) { return tensor == 0 ? u : tensor == 1 ? delta : z; };
+                copy_part(tile_of(stage, tensor), one_of(u_at, delta_at, z_at), left,
+                          static_cast<const Input *>(one_of(p.u, p.delta, p.z)),
+                          *one_of(&p.u_strides, &p.delta_strides, &p.z_strides));
+            }
+        }
+        u_at += kSteps, delta_at += kSteps, z_at += kSteps;
         copies_committed();
     }
 
@@ -219,9 +199,9 @@ struct ScanChannelRows {
         const auto piece_of = [&](int i, int piece) {
             return *reinterpret_cast<const uint4 *>(y_tile + Rows::at(copied_row + i * kCopiedRows, piece));
         };
-        if (all_exist() && (Rows::kOnGrid ? left >= kSteps : more && !is_first)) {
+        if (Rows::kOnGrid ? left >= kSteps : more && !is_first) {
             each_piece<false>(y_at, p.y_strides.channel, [&](int i, int piece, Input *to, int) {
-                *reinterpret_cast<uint4 *>(to) = piece_of(i, piece);
+                if (copies_row(i)) *reinterpret_cast<uint4 *>(to) = piece_of(i, piece);
             });
         } else {
             each_piece<!Rows::kOnGrid>(y_at, p.y_strides.channel, [&](int i, int piece, Input *to, int skew) {
@@ -234,6 +214,36 @@ struct ScanChannelRows {
             });
         }
         y_at += kSteps;
+    }
+
+private:
+    __device__ __forceinline__ void copy_whole(char *to, const Input *from, int64_t pitch) const {
+        each_piece<false>(from, pitch, [&](int i, int piece, const Input *at, int) {
+            if (copies_row(i)) copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, piece), at);
+        });
+        const int lane = threadIdx.x % 32;                   // the piece behind, of a row for each lane
+        if (!Rows::kOnGrid && lane < Rows::kChannels && first_channel + lane <= last) {
+            const Input *const at = from + (lane - copied_row) * pitch + (kSteps - copied_piece * kPieceSteps);
+            copy_async_line(to + Rows::at(lane, Rows::kRowPieces), at - skew_of<Rows>(at));
+        }
+    }
+
+    __device__ __forceinline__ void copy_part(char *to, const Input *from, int left, const Input *tensor,
+                                              const Strides3 &s) const {
+        const auto part = [&](int i, int piece, int skew, auto copy) {
+            const int there = copies_row(i) ? left + skew - piece * kPieceSteps : 0;
+            copy(to + Rows::at(copied_row + i * kCopiedRows, piece), min(max(there, 0), kPieceSteps) * 2);
+        };
+        const Input *const end = tensor + (p.batch - 1) * s.batch + last * s.channel + p.length;
+        const Input *const furthest = from + (Rows::kCopies - 1) * kCopiedRows * s.channel + 3 * kPieceSteps;
+        if (!Rows::kOnGrid && __any_sync(0xffffffffu, furthest > end))       // of few warps: a loop, since it is long
+            each_piece<true, 1>(from, s.channel, [&](int i, int piece, const Input *at, int skew) {
+                part(i, piece, skew, [&](char *to, int bytes) { copy_async_part(to, at, bytes, end); });
+            });
+        else
+            each_piece<!Rows::kOnGrid>(from, s.channel, [&](int i, int piece, const Input *at, int skew) {
+                part(i, piece, skew, [&](char *to, int bytes) { copy_async_part(to, at, bytes); });
+            });
     }
 };
 
