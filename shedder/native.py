@@ -26,7 +26,7 @@ def cuda_status() -> str:
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What the build wrote down: compiler, torch, cpu_isa_levels, cuda_archs, nvcc, no_cuda, racecheck; {} before any build."""
+    """What the build wrote down of compilers, torch, architectures and options; {} before any build."""
     try:
         info = json.loads((LIBRARY_FOLDER / "build.json").read_text())
     except (OSError, ValueError):
