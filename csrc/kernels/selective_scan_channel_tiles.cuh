@@ -11,20 +11,22 @@
 
 namespace shedder {
 
-// kOnGrid_: all rows begin with a piece of memory. Else those of u, delta, z and y of a channel lie alike.
+// kOnGrid_: all rows begin with a piece of memory. Else those of u, delta, z and y of a channel lie alike, and the
+// channels of a warp are eight apart, so that all its rows begin at the same place of a piece. They are taken to begin
+// with the piece, `skew` steps earlier. B and C come as the pieces of memory that they lie in, one more than there are.
 template <typename Input_, int kStates_, int kLanes_, bool kOnGrid_>
 struct ScanRows {
     using Input = Input_;
     static constexpr int kStates = kStates_, kLanes = kLanes_;
     static constexpr bool kOnGrid = kOnGrid_;
     static_assert(sizeof(Input) == 2 && (kLanes == 1 || kLanes == 2 || kLanes == 4));
-    static constexpr int kChannels = 32 / kLanes;
+    static constexpr int kChannels = 32 / kLanes, kApart = kOnGrid ? 1 : 8;
     // Of a tile; 32 where 64 take so much shared memory that a multiprocessor has room for fewer warps.
-    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > (kOnGrid ? 6 : 7)) ? 32 : 64;
+    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > 6) ? 32 : 64;
     static constexpr int kSlots = kStates * kLanes;          // states there is room for
     static constexpr int kRowPieces = kSteps / kPieceSteps;
-    static constexpr int kMemoryPieces = kRowPieces + !kOnGrid;              // that a row's steps lie in
-    static constexpr int kRow = 16 * kMemoryPieces, kTile = kChannels * kRow;        // bytes: of a row, a tensor's tile
+    static constexpr int kRow = 16 * kRowPieces, kTile = kChannels * kRow;   // bytes: of a row, a tensor's tile
+    static constexpr int kRawPieces = kRowPieces + 1, kRawRow = 16 * kRawPieces;     // that a row of B or C lies in
     static constexpr int kCopies = kRowPieces / kLanes;      // of a lane, for a tile of a tensor
     static constexpr int kOwn = kPieceSteps / kLanes;        // steps of a piece whose channel-only work a lane does
     // Words of B and C: those of a step neighbours, pieces padded to other banks.
@@ -33,17 +35,17 @@ struct ScanRows {
     static constexpr int kBCPiece = kPieceSteps * kSlots * 2 + (kRowPieces == 4 ? 8 : 4);
     static constexpr int kBCTile = kRowPieces * kBCPiece;
     static constexpr int kBCPieces = (kSlots * kRowPieces + 31) / 32;        // that a lane brings
-    // Tiles of B and C need no second place where they wait in registers for the end of the tile before.
-    static constexpr int kStages = 2, kBCStages = kOnGrid ? 1 : 2;
-    static constexpr int kSharedBytes = kStages * 3 * kTile + kBCStages * 4 * kBCTile;
+    // The next B and C wait for the end of a tile in registers, or as they lie in memory.
+    static constexpr int kStages = 2, kRaw = kOnGrid ? 0 : 2 * kSlots * kRawRow;
+    static constexpr int kSharedBytes = kStages * 3 * kTile + 4 * kBCTile + kRaw;
 
     // Byte of a tile at which piece `piece` of row `row` lies: neighbouring rows on different banks.
     static __device__ int at(int row, int piece) {
-        return row * kRow + (kOnGrid ? piece ^ (kRowPieces == 4 ? row >> 1 & 3 : row & 7) : piece) * 16;
+        return row * kRow + (piece ^ (kRowPieces == 4 ? row >> 1 & 3 : row & 7)) * 16;
     }
 };
 
-// Steps of memory between the start of a piece and a row's own.
+// Steps of memory between the start of a piece and `at`.
 template <typename Rows>
 __device__ __forceinline__ int skew_of(const typename Rows::Input *at) {
     constexpr int kSize = sizeof(typename Rows::Input);
@@ -54,7 +56,7 @@ __device__ __forceinline__ int skew_of(const typename Rows::Input *at) {
 template <typename Rows>
 struct ScanChannelRows {
     using Input = typename Rows::Input;
-    static constexpr int kLanes = Rows::kLanes, kSteps = Rows::kSteps, kOwn = Rows::kOwn;
+    static constexpr int kLanes = Rows::kLanes, kSteps = Rows::kSteps, kOwn = Rows::kOwn, kApart = Rows::kApart;
     static constexpr int kCopiedRows = 32 / Rows::kRowPieces;                // between rows that a lane copies
     // The steps of a piece that belong to a lane, as they lie in memory.
     using Own = std::conditional_t<kLanes == 1, uint4, std::conditional_t<kLanes == 2, uint2, uint32_t>>;
@@ -64,21 +66,21 @@ struct ScanChannelRows {
     const int first_channel, last;                           // of the warp; of all
     const int row, column, copied_row, copied_piece;
     const int64_t channel;                                   // of this lane; the last one where it has none
-    const int skew;
+    const int skew, length;                                  // steps before the rows; with them
     const Input *u_at, *delta_at, *z_at;
     Input *y_at;
-    uint32_t pending = 0;                                    // the lane's last word of y, whose upper step may be the
-                                                             // lower one of another word of memory
 
     __device__ __forceinline__ ScanChannelRows(const SelectiveScanParams &p, int64_t b, int first_channel, char *tiles)
         : p(p), tiles(tiles), first_channel(first_channel), last(p.channels - 1),
           row(threadIdx.x % 32 / kLanes), column(threadIdx.x % 32 % kLanes),
           copied_row(threadIdx.x % 32 / Rows::kRowPieces), copied_piece(threadIdx.x % 32 % Rows::kRowPieces),
-          channel(min(first_channel + row, last)),
-          skew(skew_of<Rows>(static_cast<const Input *>(p.u) + b * p.u_strides.batch + channel * p.u_strides.channel)) {
+          channel(min(first_channel + row * kApart, last)),
+          skew(skew_of<Rows>(static_cast<const Input *>(p.u) + b * p.u_strides.batch
+                             + first_channel * p.u_strides.channel)),
+          length(p.length + skew) {
         const auto first_of = [&](const void *tensor, const Strides3 &s) {
-            return static_cast<const Input *>(tensor) + b * s.batch + (first_channel + copied_row) * s.channel
-                + copied_piece * kPieceSteps;
+            return static_cast<const Input *>(tensor) + b * s.batch + (first_channel + copied_row * kApart) * s.channel
+                + copied_piece * kPieceSteps - skew;
         };
         u_at = first_of(p.u, p.u_strides);
         delta_at = first_of(p.delta, p.delta_strides);
@@ -96,39 +98,34 @@ struct ScanChannelRows {
         if (p.z != nullptr) ask_for(p.z, p.z_strides);
     }
 
-    __device__ bool exists() const { return first_channel + row <= last; }
-    __device__ bool copies_row(int i) const { return first_channel + copied_row + i * kCopiedRows <= last; }
+    __device__ bool exists() const { return first_channel + row * kApart <= last; }
+    __device__ bool copies_row(int i) const { return first_channel + (copied_row + i * kCopiedRows) * kApart <= last; }
     __device__ char *tile_of(int stage, int tensor) const { return tiles + (stage * 3 + tensor) * Rows::kTile; }
-    // Of this lane's steps of u: where the word begins that they begin in.
-    __device__ char *place_of(int stage, int piece) const {
-        return tile_of(stage, 0) + Rows::at(row, piece) + column * kOwn * 2 + skew / 2 * 4;
+    // Of this lane's steps of u.
+    __device__ __forceinline__ char *place_of(int stage, int piece) const {
+        return tile_of(stage, 0) + Rows::at(row, piece) + column * kOwn * 2;
     }
 
-    // use(its row is this lane's i-th, piece, where it begins in memory, skew) for each piece that a lane moves.
-    template <bool kAndBehind, int kUnrolled = Rows::kCopies, typename At, typename Use>
+    // use(its row is this lane's i-th, where its piece lies) for each piece that a lane moves.
+    template <int kUnrolled = Rows::kCopies, typename At, typename Use>
     __device__ __forceinline__ void each_piece(At *at, int64_t pitch, Use use) const {
-        const auto of_row = [&](int i, int piece, At *from) {
-            const int skew = skew_of<Rows>(from);
-            use(i, piece, from - skew, skew);
-        };
 #pragma unroll kUnrolled
-        for (int i = 0; i < Rows::kCopies; ++i) of_row(i, copied_piece, at + i * kCopiedRows * pitch);
-        if (kAndBehind && copied_piece == Rows::kRowPieces - 1)
-#pragma unroll kUnrolled
-            for (int i = 0; i < Rows::kCopies; ++i)
-                of_row(i, Rows::kRowPieces, at + i * kCopiedRows * pitch + kPieceSteps);
+        for (int i = 0; i < Rows::kCopies; ++i) use(i, at + i * kCopiedRows * kApart * pitch);
     }
 
-    // The next tile, of which `left` steps exist, on its way. Zeros for steps not there; anything for rows.
+    // The next tile, of which `left` steps exist, on its way. Zeros for steps not there; anything for rows, and for
+    // steps before them.
     __device__ __forceinline__ void copy(int left, int stage) {
-        if (left >= kSteps + !Rows::kOnGrid * kPieceSteps) {
+        if (left >= kSteps) {
             copy_whole(tile_of(stage, 0), u_at, p.u_strides.channel);
             copy_whole(tile_of(stage, 1), delta_at, p.delta_strides.channel);
             if (p.z != nullptr) copy_whole(tile_of(stage, 2), z_at, p.z_strides.channel);
         } else {
 #pragma unroll 1
             for (int tensor = 0; tensor < 2 + (p.z != nullptr); ++tensor) {
-                const auto one_of = [&](auto u, auto delta, auto z) { return tensor == 0 ? u : tensor == 1 ? delta : z; };
+                const auto one_of = [&](auto u, auto delta, auto z) {
+                    return tensor == 0 ? u : tensor == 1 ? delta : z;
+                };
                 copy_part(tile_of(stage, tensor), one_of(u_at, delta_at, z_at), left,
                           static_cast<const Input *>(one_of(p.u, p.delta, p.z)),
                           *one_of(&p.u_strides, &p.delta_strides, &p.z_strides));
@@ -138,20 +135,7 @@ struct ScanChannelRows {
         copies_committed();
     }
 
-    __device__ __forceinline__ Own take(const char *from) const {
-        if constexpr (Rows::kOnGrid) {
-            return *reinterpret_cast<const Own *>(from);
-        } else {
-            uint32_t words[kOwn / 2 + 1];
-#pragma unroll
-            for (int i = 0; i <= kOwn / 2; ++i) words[i] = reinterpret_cast<const uint32_t *>(from)[i];
-            Own own;
-#pragma unroll
-            for (int i = 0; i < kOwn / 2; ++i)
-                reinterpret_cast<uint32_t *>(&own)[i] = __funnelshift_r(words[i], words[i + 1], skew % 2 * 16);
-            return own;
-        }
-    }
+    __device__ __forceinline__ static Own take(const char *from) { return *reinterpret_cast<const Own *>(from); }
     static __device__ __forceinline__ void unpack(const Own &from, float (&to)[kOwn]) {
         const uint32_t *const words = reinterpret_cast<const uint32_t *>(&from);
 #pragma unroll
@@ -160,56 +144,32 @@ struct ScanChannelRows {
     }
 
     // y of this lane's steps where their z was.
-    __device__ __forceinline__ void put_y(char *at, const float (&y)[kOwn]) {
+    __device__ __forceinline__ static void put_y(char *at, const float (&y)[kOwn]) {
         alignas(16) Input out[kOwn];
 #pragma unroll
         for (int k = 0; k < kOwn; ++k) out[k] = from_float<Input>(y[k]);
-        if constexpr (Rows::kOnGrid) {
-            *reinterpret_cast<Own *>(at) = *reinterpret_cast<const Own *>(out);
-        } else {
-            const uint32_t *const words = reinterpret_cast<const uint32_t *>(out);
-            const uint32_t newest = words[kOwn / 2 - 1];
-            uint32_t before = pending;
-            if constexpr (kLanes > 1)
-                before = __shfl_sync(0xffffffffu, column == kLanes - 1 ? pending : newest, column + kLanes - 1, kLanes);
-#pragma unroll
-            for (int i = 0; i < kOwn / 2; ++i) {
-                reinterpret_cast<uint32_t *>(at)[i] = __funnelshift_rc(before, words[i], skew % 2 ? 16 : 32);
-                before = words[i];
-            }
-            pending = newest;
-        }
+        *reinterpret_cast<Own *>(at) = *reinterpret_cast<const Own *>(out);
     }
 
-    // A tile of y to memory; `left` steps were left before it. Off the grid the steps that do not fill a piece go on to
-    // the next tile.
+    // A tile of y to memory; `left` steps were left before it.
     __device__ __forceinline__ void store(int left, int stage, bool is_first) {
-        const bool more = left > kSteps;
-        char *const y_tile = tile_of(stage, 2), *const own_row = y_tile + row * Rows::kRow;
-        if (!Rows::kOnGrid && !more && skew % 2 && column == kLanes - 1) {
-            const int last_step = (left + kPieceSteps - 1) / kPieceSteps * kPieceSteps + skew - 1;
-            reinterpret_cast<uint16_t *>(own_row)[last_step] = static_cast<uint16_t>(pending >> 16);
-        }
+        char *const y_tile = tile_of(stage, 2);
         __syncwarp();
-        if (!Rows::kOnGrid && more) {
-            uint32_t *const next_row = reinterpret_cast<uint32_t *>(tile_of(stage ^ 1, 2) + row * Rows::kRow);
-            for (int word = column; word < skew / 2; word += kLanes)
-                next_row[word] = reinterpret_cast<const uint32_t *>(own_row)[kSteps / 2 + word];
-        }
-        const auto piece_of = [&](int i, int piece) {
-            return *reinterpret_cast<const uint4 *>(y_tile + Rows::at(copied_row + i * kCopiedRows, piece));
+        const auto piece_of = [&](int i) {
+            return *reinterpret_cast<const uint4 *>(y_tile + Rows::at(copied_row + i * kCopiedRows, copied_piece));
         };
-        if (Rows::kOnGrid ? left >= kSteps : more && !is_first) {
-            each_piece<false>(y_at, p.y_strides.channel, [&](int i, int piece, Input *to, int) {
-                if (copies_row(i)) *reinterpret_cast<uint4 *>(to) = piece_of(i, piece);
+        const int before = is_first ? skew : 0;              // steps before the rows
+        if (left >= kSteps && before == 0) {
+            each_piece(y_at, p.y_strides.channel, [&](int i, Input *to) {
+                if (copies_row(i)) *reinterpret_cast<uint4 *>(to) = piece_of(i);
             });
         } else {
-            each_piece<!Rows::kOnGrid>(y_at, p.y_strides.channel, [&](int i, int piece, Input *to, int skew) {
-                const uint4 out = piece_of(i, piece);
-                const int before = is_first ? skew : 0, end = copies_row(i) ? more ? kSteps : left + skew : 0;
+            each_piece(y_at, p.y_strides.channel, [&](int i, Input *to) {
+                const uint4 out = piece_of(i);
+                const int end = copies_row(i) ? left : 0;
 #pragma unroll
                 for (int k = 0; k < kPieceSteps; ++k)
-                    if (before <= piece * kPieceSteps + k && piece * kPieceSteps + k < end)
+                    if (before <= copied_piece * kPieceSteps + k && copied_piece * kPieceSteps + k < end)
                         to[k] = reinterpret_cast<const Input *>(&out)[k];
             });
         }
@@ -218,57 +178,63 @@ struct ScanChannelRows {
 
 private:
     __device__ __forceinline__ void copy_whole(char *to, const Input *from, int64_t pitch) const {
-        each_piece<false>(from, pitch, [&](int i, int piece, const Input *at, int) {
-            if (copies_row(i)) copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, piece), at);
+        each_piece(from, pitch, [&](int i, const Input *at) {
+            if (copies_row(i)) copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, copied_piece), at);
         });
-        const int lane = threadIdx.x % 32;                   // the piece behind, of a row for each lane
-        if (!Rows::kOnGrid && lane < Rows::kChannels && first_channel + lane <= last) {
-            const Input *const at = from + (lane - copied_row) * pitch + (kSteps - copied_piece * kPieceSteps);
-            copy_async_line(to + Rows::at(lane, Rows::kRowPieces), at - skew_of<Rows>(at));
-        }
     }
 
     __device__ __forceinline__ void copy_part(char *to, const Input *from, int left, const Input *tensor,
                                               const Strides3 &s) const {
-        const auto part = [&](int i, int piece, int skew, auto copy) {
-            const int there = copies_row(i) ? left + skew - piece * kPieceSteps : 0;
-            copy(to + Rows::at(copied_row + i * kCopiedRows, piece), min(max(there, 0), kPieceSteps) * 2);
+        const auto part = [&](int i, auto copy) {
+            const int there = copies_row(i) ? left - copied_piece * kPieceSteps : 0;
+            copy(to + Rows::at(copied_row + i * kCopiedRows, copied_piece), min(max(there, 0), kPieceSteps) * 2);
         };
         const Input *const end = tensor + (p.batch - 1) * s.batch + last * s.channel + p.length;
-        const Input *const furthest = from + (Rows::kCopies - 1) * kCopiedRows * s.channel + 3 * kPieceSteps;
+        const Input *const furthest = from + (Rows::kCopies - 1) * kCopiedRows * kApart * s.channel + kPieceSteps;
         if (!Rows::kOnGrid && __any_sync(0xffffffffu, furthest > end))       // of few warps: a loop, since it is long
-            each_piece<true, 1>(from, s.channel, [&](int i, int piece, const Input *at, int skew) {
-                part(i, piece, skew, [&](char *to, int bytes) { copy_async_part(to, at, bytes, end); });
+            each_piece<1>(from, s.channel, [&](int i, const Input *at) {
+                part(i, [&](char *to, int bytes) { copy_async_part(to, at, bytes, end); });
             });
         else
-            each_piece<!Rows::kOnGrid>(from, s.channel, [&](int i, int piece, const Input *at, int skew) {
-                part(i, piece, skew, [&](char *to, int bytes) { copy_async_part(to, at, bytes); });
+            each_piece(from, s.channel, [&](int i, const Input *at) {
+                part(i, [&](char *to, int bytes) { copy_async_part(to, at, bytes); });
             });
     }
 };
 
-// The rows of B and C: a lane brings pieces of some. Tiles hold floats. Off the grid the pieces of memory wait where
-// their floats will lie.
+// The first `count` of elements of 16 bits become 0.
+template <int kWords>
+__device__ __forceinline__ void clear_first(uint32_t (&words)[kWords], int count) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+        words[i] = count >= 2 * i + 2 ? 0u : count == 2 * i + 1 ? words[i] & 0xffff0000u : words[i];
+}
+
+// The rows of B and C: a lane brings pieces of some. The tile holds floats; behind it, off the grid, lie the pieces of
+// memory of the next one. Steps count from `skew` before the rows.
 template <typename Rows>
 struct ScanStateRows {
     using Input = typename Rows::Input;
 
     const SelectiveScanParams &p;
-    const Input *const B_row, *const C_row;                  // of state 0
+    const int skew, length;
+    const Input *const B_row, *const C_row;                  // of state 0, at step 0
+    float *const tile;
     const int lane = threadIdx.x % 32;
     Piece<Input> B[Rows::kBCPieces], C[Rows::kBCPieces];
 
-    __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, int64_t b)
-        : p(p), B_row(static_cast<const Input *>(p.B) + b * p.B_strides.batch),
-          C_row(static_cast<const Input *>(p.C) + b * p.C_strides.batch) {}
+    __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, int64_t b, int skew, float *tile)
+        : p(p), skew(skew), length(p.length + skew),
+          B_row(static_cast<const Input *>(p.B) + b * p.B_strides.batch - skew),
+          C_row(static_cast<const Input *>(p.C) + b * p.C_strides.batch - skew), tile(tile) {}
 
     __device__ int2 place_of(int i) const {                  // of this lane's i-th piece: state, first step of the tile
         const int index = lane + 32 * i;
         return make_int2(index / Rows::kRowPieces, index % Rows::kRowPieces * kPieceSteps);
     }
 
-    // The steps from `start` on, on their way to `tile`.
-    __device__ __forceinline__ void read(int start, float *tile) {
+    // The steps from `start` on, on their way.
+    __device__ __forceinline__ void read(int start) {
         if constexpr (Rows::kOnGrid) {
             const auto all = [&](auto read_one) {
 #pragma unroll
@@ -279,45 +245,47 @@ struct ScanStateRows {
                     C[i] = read_one(C_row + place.x * p.C_strides.state + start + place.y, start + place.y);
                 }
             };
-            if (p.length - start >= Rows::kSteps)
+            if (length - start >= Rows::kSteps)
                 all([](const Input *from, int) { return read_whole_piece(from); });
             else
-                all([&](const Input *from, int t) { return read_piece(from, 1, p.length - t, Access::kVector); });
+                all([&](const Input *from, int t) { return read_piece(from, 1, length - t, Access::kVector); });
         } else {
             // Pieces of a row by neighbouring lanes.
-            constexpr int kLanesOfRow = Rows::kMemoryPieces <= 8 ? 8 : 16, kAtOnce = 32 / kLanesOfRow;
-            const int piece = lane % kLanesOfRow, first_row = lane / kLanesOfRow, left = p.length - start;
-            const bool whole = left >= Rows::kSteps + kPieceSteps;
+            constexpr int kLanesOfRow = Rows::kRawPieces <= 8 ? 8 : 16, kAtOnce = 32 / kLanesOfRow;
+            const int piece = lane % kLanesOfRow, first_row = lane / kLanesOfRow, left = length - start;
+            const bool whole = start > 0 && left >= Rows::kSteps + kPieceSteps;
             const auto copy = [&](char *to, const void *first, const Input *rows, const Strides4 &s) {
-                if (piece >= Rows::kMemoryPieces) return;
+                if (piece >= Rows::kRawPieces) return;
                 const int64_t pitch = s.state;
                 const Input *from = rows + first_row * pitch + start;
-                to += first_row * Rows::kRow + piece * 16;
+                to += first_row * Rows::kRawRow + piece * 16;
                 if (whole) {
 #pragma unroll
                     for (int i = 0; i < Rows::kSlots; i += kAtOnce, from += kAtOnce * pitch)
                         if (first_row + i < p.dstate)
-                            copy_async_line(to + i * Rows::kRow, from - skew_of<Rows>(from) + piece * kPieceSteps);
+                            copy_async_line(to + i * Rows::kRawRow, from - skew_of<Rows>(from) + piece * kPieceSteps);
                     return;
                 }
                 const Input *const end = static_cast<const Input *>(first) + (p.batch - 1) * s.batch
                     + (p.dstate - 1) * pitch + p.length;
 #pragma unroll 1
-                for (int i = first_row; i < p.dstate; i += kAtOnce, from += kAtOnce * pitch, to += kAtOnce * Rows::kRow) {
-                    const int skew = skew_of<Rows>(from), there = left + skew - piece * kPieceSteps;
-                    copy_async_part(to, from - skew + piece * kPieceSteps, min(max(there, 0), kPieceSteps) * 2, end);
+                for (int i = first_row; i < p.dstate;
+                     i += kAtOnce, from += kAtOnce * pitch, to += kAtOnce * Rows::kRawRow) {
+                    // Of the piece: steps of the row before it, and until the row ends.
+                    const int at = piece * kPieceSteps - skew_of<Rows>(from), there = left - at;
+                    const bool begun = start + at + kPieceSteps > skew;
+                    copy_async_part(to, from + at, begun ? min(max(there, 0), kPieceSteps) * 2 : 0, end);
                 }
             };
-            char *const raw = reinterpret_cast<char *>(tile);
-            copy(raw, p.B, B_row, p.B_strides);
-            copy(raw + Rows::kSlots * Rows::kRow, p.C, C_row, p.C_strides);
+            copy(raw(), p.B, B_row, p.B_strides);
+            copy(raw() + Rows::kSlots * Rows::kRawRow, p.C, C_row, p.C_strides);
             copies_committed();
         }
     }
 
-    // What `read` has brought, as floats in the tile.
-    __device__ __forceinline__ void put(float *tile) {
-        if (!Rows::kOnGrid) take(reinterpret_cast<const char *>(tile));
+    // What `read` has brought from `start` on, as floats in the tile. Zeros before the rows.
+    __device__ __forceinline__ void put(int start) {
+        if (!Rows::kOnGrid) take(start);
 #pragma unroll
         for (int i = 0; i < Rows::kBCPieces; ++i) {
             const int2 place = place_of(i);
@@ -334,22 +302,26 @@ struct ScanStateRows {
     }
 
 private:
-    __device__ __forceinline__ void take(const char *raw) {
+    __device__ __forceinline__ char *raw() const { return reinterpret_cast<char *>(tile + Rows::kBCTile); }
+
+    __device__ __forceinline__ void take(int start) {
         const auto take_one = [&](const char *rows, int2 place, const Input *row) {
             Piece<Input> piece{};
             if (place.x >= p.dstate) return piece;
-            const int skew = skew_of<Rows>(row), first = place.y + skew;
-            const uint32_t *const from = reinterpret_cast<const uint32_t *>(rows + place.x * Rows::kRow) + first / 2;
+            const int apart = skew_of<Rows>(row + start);
+            const uint32_t *const from = reinterpret_cast<const uint32_t *>(rows + place.x * Rows::kRawRow
+                                                                            + place.y * 2) + apart / 2;
 #pragma unroll
-            for (int i = 0; i < kPieceSteps / 2; ++i)
-                piece.word[i] = __funnelshift_r(from[i], from[i + 1], skew % 2 * 16);
+            for (int i = 0; i < 4; ++i)
+                piece.word[i] = __funnelshift_r(from[i], from[i + 1], apart % 2 * 16);
             return piece;
         };
 #pragma unroll
         for (int i = 0; i < Rows::kBCPieces; ++i) {
             const int2 place = place_of(i);
-            B[i] = take_one(raw, place, B_row + place.x * p.B_strides.state);
-            C[i] = take_one(raw + Rows::kSlots * Rows::kRow, place, C_row + place.x * p.C_strides.state);
+            B[i] = take_one(raw(), place, B_row + place.x * p.B_strides.state);
+            C[i] = take_one(raw() + Rows::kSlots * Rows::kRawRow, place, C_row + place.x * p.C_strides.state);
+            if (start + place.y < skew) clear_first(B[i].word, skew), clear_first(C[i].word, skew);
         }
         __syncwarp();
     }

@@ -14,9 +14,9 @@
 // scheduler of an H200, and the third would be there for some only. So shares of channels are of three kinds: whole
 // rounds of schedulers get shares of 32 channels, what is left over makes shares of 16 or 8 that are less to do.
 //
-// Rows off the 16-byte grid (L that is no multiple of 8) enter as the pieces of memory that they lie in, one more than
-// on the grid, and lanes read words from their row's own place on. y leaves likewise: what does not fill a piece stays
-// in shared memory for the next tile.
+// Rows off the 16-byte grid (L that is no multiple of 8): those of every eighth channel begin at the same place of a
+// piece. A warp takes such channels, and begins with the piece, up to 7 steps before its rows, in which nothing
+// happens. So all its pieces are whole in memory, and only those of B and C, and the ends of y, are not.
 //
 // Bound: the issue slots and MUFU, one ex2 for each (t, n), or bytes where states are few.
 
@@ -36,18 +36,18 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
     using Input = typename Rows::Input;
     using Own = typename ScanChannelRows<Rows>::Own;
     constexpr int kStates = Rows::kStates, kLanes = Rows::kLanes, kSteps = Rows::kSteps, kOwn = Rows::kOwn;
-    float *const BC_tiles = reinterpret_cast<float *>(shared + Rows::kStages * 3 * Rows::kTile);  // [stage][kBCTile]
+    float *const BC_tile = reinterpret_cast<float *>(shared + Rows::kStages * 3 * Rows::kTile);
     ScanChannelRows<Rows> rows(p, b, first_channel, shared);
-    ScanStateRows<Rows> BC(p, b);
+    ScanStateRows<Rows> BC(p, b, rows.skew, BC_tile);
     const int column = rows.column, first_state = column * kStates;
     const int64_t channel = rows.channel, state_row = (b * p.channels + channel) * p.dstate;
 
     rows.ask(b);
     wait_for_kernel_before();
-    rows.copy(p.length, 0);
-    BC.read(0, BC_tiles);
+    rows.copy(rows.length, 0);
+    BC.read(0);
     if (Rows::kOnGrid && p.dstate != Rows::kSlots)           // zeros for states not there
-        for (int i = threadIdx.x % 32; i < Rows::kBCTile; i += 32) BC_tiles[i] = 0.f;
+        for (int i = threadIdx.x % 32; i < Rows::kBCTile; i += 32) BC_tile[i] = 0.f;
     float A[kStates], h[kStates] = {};
     load_states(A, p.A + channel * p.A_channel_stride, p.A_state_stride, first_state, p.dstate);
     if (p.initial_state != nullptr) load_states(h, p.initial_state + state_row, 1, first_state, p.dstate);
@@ -60,7 +60,7 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         __syncwarp();
     };
     tile_landed();
-    BC.put(BC_tiles);
+    BC.put(0);
 
     // What belongs to the channel alone. Taken a piece ahead and without branches, so that it mingles with the walk.
     struct Prepared {
@@ -84,22 +84,25 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         return to;
     };
     Prepared own = prepare(rows.place_of(0, 0));
+    if (!Rows::kOnGrid) {                                    // before the rows the state passes by
+        const int before = rows.skew - column * kOwn;
+        clear_first(reinterpret_cast<uint32_t (&)[kOwn / 2]>(own.u), before);
+#pragma unroll
+        for (int k = 0; k < kOwn; ++k)
+            if (k < before) own.delta[k] = 0.f;
+    }
 
-    for (int start = 0, stage = 0; start < p.length; start += kSteps, stage ^= 1) {
-        const int left = p.length - start;
+    for (int start = 0, stage = 0; start < rows.length; start += kSteps, stage ^= 1) {
+        const int left = rows.length - start;
         const bool more = left > kSteps;
         __syncwarp();                                        // B and C of this tile are there, y before it is out
-        const float *const BC_tile = BC_tiles + stage % Rows::kBCStages * Rows::kBCTile;
-        float *const next_BC_tile = BC_tiles + (stage ^ 1) % Rows::kBCStages * Rows::kBCTile;
         if (more) {
             rows.copy(left - kSteps, stage ^ 1);
-            BC.read(start + kSteps, next_BC_tile);
+            BC.read(start + kSteps);
         }
         // A piece of which `steps` exist; kWhole: all.
         auto walk = [&](auto whole, int piece, int steps) {
             constexpr bool kWhole = decltype(whole)::value;
-            // A lane has read a word of its neighbour's z, where y comes now. Before the loads: none is waited for.
-            if (!Rows::kOnGrid && kLanes > 1) __syncwarp();
             Prepared next;
             if (kWhole) {
                 const int follows = (piece + 1) % Rows::kRowPieces;
@@ -180,14 +183,15 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         }
         if (steps % kPieceSteps > 0) walk(std::false_type{}, whole_pieces, steps % kPieceSteps);
         rows.store(left, stage, start == 0);
-        if (more) BC.put(next_BC_tile);                      // no lane reads this tile's any more: `store` saw to it
+        if (more) BC.put(start + kSteps);                    // no lane reads this tile's any more: `store` saw to it
     }
 
     if (p.final_state != nullptr && rows.exists())
         store_states(p.final_state + state_row, h, first_state, p.dstate);
 }
 
-// Of each batch entry the first channels in shares of 32, the next in shares of 16, the others in shares of 8.
+// Of each batch entry the first channels in shares of 32, the next in shares of 16, the others in shares of 8. Off the
+// grid the shares of a kind are multiples of eight, which lie one channel from another.
 struct ScanDeal {
     int wide, half, quarter;                                 // shares of 32, 16, 8 channels in a batch entry
 };
@@ -217,8 +221,10 @@ __global__ void __launch_bounds__(128 * ScanKinds<Input, kSlots, kOnGrid>::kMost
     const int share = (warp / 4 * gridDim.x + blockIdx.x) * 4 + warp % 4;
     auto take = [&](auto rows, int index, int in_batch, int before) {
         char *const shared = reinterpret_cast<char *>(shared_memory) + warp * Kinds::kWarpBytes;
-        const int b = index / in_batch, first = before + index % in_batch * decltype(rows)::kChannels;
-        if (b < p.batch) scan_channels<decltype(rows)>(p, b, first, shared);
+        constexpr int kChannels = decltype(rows)::kChannels, kApart = decltype(rows)::kApart;
+        const int b = index / in_batch, in = index % in_batch;
+        const int first = before + in / kApart * kApart * kChannels + in % kApart;
+        if (b < p.batch && first < p.channels) scan_channels<decltype(rows)>(p, b, first, shared);
     };
     if (share < wide) take(typename Kinds::Wide{}, share, deal.wide, 0);
     else if (share < wide + half) take(typename Kinds::Half{}, share - wide, deal.half, deal.wide * 32);

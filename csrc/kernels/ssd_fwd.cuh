@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     const uint32_t shared_at = shared_address(shared), states_there = shared_at + Shared::kStatesThere,
                    channels_there = shared_at + Shared::kChannelsThere, empty_at = shared_at + Shared::kIsFree;
     SsdPlace &place = *reinterpret_cast<SsdPlace *>(shared + Shared::kPlace);
-    if (p.cluster > 1) cluster_sync();                       // all have begun: from here on their shared memory is there
+    if (p.cluster > 1) cluster_sync();                       // all have begun: their shared memory is there
     if (threadIdx.x == kCopyWarp * 32) {
         prefetch_map(&p.C);
         prefetch_map(&p.B);

@@ -36,8 +36,9 @@ enum class SsdBoxesOfY : int {
 struct SsdParams {
     CUtensorMap C, B;                                        // (batch, group, row, state): Input; a share of 64 rows
     SsdOperand x, z;                                         // Input; z where has_z
-    CUtensorMap y_maps[3];                                   // kHeads: (batch, token, head, channel); kPairs: (batch,
-                                                             // token, 0, column), boxes of headdim / 8 - 1, + 0, + 1 pieces
+    CUtensorMap y_maps[3];                                   // kHeads: (batch, token, head, channel). kPairs: (batch,
+                                                             // token, 0, column); boxes of headdim / 8 pieces, one
+                                                             // fewer, as many, one more
     bool has_z;
     const void *dt;                                          // Input, or float where dt_float
     const float *A, *D, *dt_bias, *initial;                  // all but A may be null; initial as final_states
@@ -158,9 +159,10 @@ __device__ __forceinline__ SsdRows rows_of(const SsdParams &p, int state) {
     return rows;
 }
 
-// The whole pieces of 16 bytes in memory that a CTA of a pair stores of each row of y. The first one gives the end of its
-// row, less than a piece, to the second, which finds it before its own first channel. What shares a piece with another
-// pair, at the start of the first's row and at the end of the second's, is stored apart: an even number of elements.
+// The whole pieces of 16 bytes in memory that a CTA of a pair stores of each row of y. The first one gives the end of
+// its row, less than a piece, to the second, which finds it before its own first channel. What shares a piece with
+// another pair, at the start of the first's row and at the end of the second's, is stored apart: an even number of
+// elements.
 struct SsdPairRows {
     int turn;                                                // pieces that are stored apart at the start: 0 or 1
     int pieces, column;                                      // whole ones; of y, the first one's

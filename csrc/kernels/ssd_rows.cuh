@@ -1,9 +1,9 @@
 // Rows of y from SSD's tiles in shared memory to memory.
 //
-// A row of y, the channels of one head and token, starts at any element. Where rows are whole pieces of 16 bytes, or two
-// heads in a cluster make such of theirs but for the ends (ssd_servants.cuh), the copy engine stores them, which knows no
-// smaller ones, unless they lie in their tile otherwise than in memory. Else, where both allow, a row goes as pieces of
-// 16, 8 or 4 bytes, or as the words of memory that lie wholly in it, and the halves of words at its ends.
+// A row of y, the channels of one head and token, starts at any element. Where rows are whole pieces of 16 bytes, or
+// two heads in a cluster make such of theirs but for the ends (ssd_servants.cuh), the copy engine stores them, which
+// knows no smaller ones, unless they lie in their tile otherwise than in memory. Else, where both allow, a row goes as
+// pieces of 16, 8 or 4 bytes, or as the words of memory that lie wholly in it, and the halves of words at its ends.
 
 #pragma once
 

@@ -127,16 +127,18 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
     }
 }
 
-// Of two heads in a cluster the first gives the end of a chunk's rows to the second, which puts it before its own. Neither
-// waits for room: the second has released the stage of chunk n - 2 when the first has found y of n, so what it was given
-// of n - 3 is stored. Then stores `count` rows at `y`, the first channel of the first. By the two warps that store y.
+// Of two heads in a cluster the first gives the end of a chunk's rows to the second, which puts it before its own.
+// Neither waits for room: the second has released the stage of chunk n - 2 when the first has found y of n, so what it
+// was given of n - 3 is stored. Then stores `count` rows at `y`, the first channel of the first. By the two warps that
+// store y.
 template <int kStates16>
 __device__ __forceinline__ void store_pair(const SsdParams &p, const SsdPairRows &pair, int rank, unsigned chunks,
                                            char *shared, uint32_t shared_at, unsigned thread, char *y, int64_t stride,
                                            int count, int chunk, int batch) {
     using Shared = SsdShared<kStates16, false>;
     const unsigned place = chunks % kGivenPlaces;
-    char *const tile = shared + Shared::kY, *const given_at = shared + Shared::kGiven + place * kGivenBytes + thread * 16;
+    char *const tile = shared + Shared::kY;
+    char *const given_at = shared + Shared::kGiven + place * kGivenBytes + thread * 16;
     const uint32_t barrier = shared_at + Shared::kGivenThere + place * 8;
     const auto piece = [&](int column) -> uint4 & {          // of 8 columns of this thread's row
         return *reinterpret_cast<uint4 *>(tile + tile_offset(thread, column * 16 & 127));

@@ -178,8 +178,8 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, int rank
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
 }
-// A warp arrives by one lane, after the others. compute-sanitizer's racecheck takes that for the arrival of this lane alone:
-// compiled with SHEDDER_RACECHECK all arrive.
+// A warp arrives by one lane, after the others. compute-sanitizer's racecheck takes that for the arrival of this lane
+// alone: compiled with SHEDDER_RACECHECK all arrive.
 #ifdef SHEDDER_RACECHECK
 constexpr int kWarpArrivals = 32;
 #else

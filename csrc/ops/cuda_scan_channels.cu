@@ -15,18 +15,21 @@ namespace {
 // As many whole rounds of shares of 32 channels as the schedulers of the GPU take. What is left over makes the round
 // that is least to do: of shares of 8, of 16, of both in two; or of 32, which is not to be the only one. Measured on an
 // H200 (docs/measured-facts.md, selective scan).
-ScanDeal deal_channels(const SelectiveScanParams &p, int64_t schedulers) {
-    const int eights = (p.channels + 7) / 8;
-    const int64_t rounds = int64_t{p.batch} * eights / (4 * schedulers);
-    const int wide = static_cast<int>(std::min<int64_t>(rounds * schedulers / p.batch, eights / 4));
+ScanDeal deal_channels(const SelectiveScanParams &p, int64_t schedulers, int together) {
+    const int eights = (p.channels + 8 * together - 1) / (8 * together);     // in what follows shares come `together`
+    const int64_t all = int64_t{p.batch} * together, rounds = all * eights / (4 * schedulers);
+    const int wide = static_cast<int>(std::min<int64_t>(rounds * schedulers / all, eights / 4));
     const int left = eights - 4 * wide, halves = (left + 1) / 2;
-    const int half = static_cast<int>(std::min<int64_t>(schedulers / p.batch, left / 2)), quarter = left - 2 * half;
-    auto fit = [&](int64_t shares) { return shares * p.batch <= schedulers; };
-    if (fit(left)) return {wide, 0, left};
-    if (fit(halves)) return {wide, halves, 0};
-    if (rounds < 2 && fit(quarter)) return {wide, half, quarter};
-    if (rounds > 0) return {(eights + 3) / 4, 0, 0};
-    return {wide, halves, 0};
+    const int half = static_cast<int>(std::min<int64_t>(schedulers / all, left / 2)), quarter = left - 2 * half;
+    auto fit = [&](int64_t shares) { return shares * all <= schedulers; };
+    auto deal = [&](int wide, int half, int quarter) {
+        return ScanDeal{wide * together, half * together, quarter * together};
+    };
+    if (fit(left)) return deal(wide, 0, left);
+    if (fit(halves)) return deal(wide, halves, 0);
+    if (rounds < 2 && fit(quarter)) return deal(wide, half, quarter);
+    if (rounds > 0) return deal((eights + 3) / 4, 0, 0);
+    return deal(wide, halves, 0);
 }
 
 // Off the grid there are kernels for every second number of states.
@@ -50,7 +53,7 @@ void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, int32_t de
 
 template <typename Input>
 void launch_scan_channels(const SelectiveScanParams &p, bool on_grid, int32_t device, cudaStream_t stream) {
-    const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(device));
+    const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(device), on_grid ? 1 : 8);
     if (on_grid) launch_slots<Input, true>(p, deal, device, stream);
     else launch_slots<Input, false>(p, deal, device, stream);
 }
