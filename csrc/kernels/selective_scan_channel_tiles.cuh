@@ -65,8 +65,9 @@ struct ScanChannelRows {
     char *const tiles;                                       // [stage][u, delta, z][kTile]
     const int first_channel, last;                           // of the warp; of all
     const int row, column, copied_row, copied_piece;
+    const int behind;                                        // channels behind the first that this lane copies
     const int64_t channel;                                   // of this lane; the last one where it has none
-    const int skew, length;                                  // steps before the rows; with them
+    const int skew;                                          // steps before the rows
     const Input *u_at, *delta_at, *z_at;
     Input *y_at;
 
@@ -74,10 +75,9 @@ struct ScanChannelRows {
         : p(p), tiles(tiles), first_channel(first_channel), last(p.channels - 1),
           row(threadIdx.x % 32 / kLanes), column(threadIdx.x % 32 % kLanes),
           copied_row(threadIdx.x % 32 / Rows::kRowPieces), copied_piece(threadIdx.x % 32 % Rows::kRowPieces),
-          channel(min(first_channel + row * kApart, last)),
+          behind(last - first_channel - copied_row * kApart), channel(min(first_channel + row * kApart, last)),
           skew(skew_of<Rows>(static_cast<const Input *>(p.u) + b * p.u_strides.batch
-                             + first_channel * p.u_strides.channel)),
-          length(p.length + skew) {
+                             + first_channel * p.u_strides.channel)) {
         const auto first_of = [&](const void *tensor, const Strides3 &s) {
             return static_cast<const Input *>(tensor) + b * s.batch + (first_channel + copied_row * kApart) * s.channel
                 + copied_piece * kPieceSteps - skew;
@@ -98,8 +98,9 @@ struct ScanChannelRows {
         if (p.z != nullptr) ask_for(p.z, p.z_strides);
     }
 
+    __device__ int length() const { return p.length + skew; }
     __device__ bool exists() const { return first_channel + row * kApart <= last; }
-    __device__ bool copies_row(int i) const { return first_channel + (copied_row + i * kCopiedRows) * kApart <= last; }
+    __device__ bool copies_row(int i) const { return i * kCopiedRows * kApart <= behind; }
     __device__ char *tile_of(int stage, int tensor) const { return tiles + (stage * 3 + tensor) * Rows::kTile; }
     // Of this lane's steps of u.
     __device__ __forceinline__ char *place_of(int stage, int piece) const {
@@ -217,14 +218,14 @@ struct ScanStateRows {
     using Input = typename Rows::Input;
 
     const SelectiveScanParams &p;
-    const int skew, length;
+    const int skew;
     const Input *const B_row, *const C_row;                  // of state 0, at step 0
     float *const tile;
     const int lane = threadIdx.x % 32;
     Piece<Input> B[Rows::kBCPieces], C[Rows::kBCPieces];
 
     __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, int64_t b, int skew, float *tile)
-        : p(p), skew(skew), length(p.length + skew),
+        : p(p), skew(skew),
           B_row(static_cast<const Input *>(p.B) + b * p.B_strides.batch - skew),
           C_row(static_cast<const Input *>(p.C) + b * p.C_strides.batch - skew), tile(tile) {}
 
@@ -245,14 +246,14 @@ struct ScanStateRows {
                     C[i] = read_one(C_row + place.x * p.C_strides.state + start + place.y, start + place.y);
                 }
             };
-            if (length - start >= Rows::kSteps)
+            if (p.length - start >= Rows::kSteps)
                 all([](const Input *from, int) { return read_whole_piece(from); });
             else
-                all([&](const Input *from, int t) { return read_piece(from, 1, length - t, Access::kVector); });
+                all([&](const Input *from, int t) { return read_piece(from, 1, p.length - t, Access::kVector); });
         } else {
             // Pieces of a row by neighbouring lanes.
             constexpr int kLanesOfRow = Rows::kRawPieces <= 8 ? 8 : 16, kAtOnce = 32 / kLanesOfRow;
-            const int piece = lane % kLanesOfRow, first_row = lane / kLanesOfRow, left = length - start;
+            const int piece = lane % kLanesOfRow, first_row = lane / kLanesOfRow, left = p.length + skew - start;
             const bool whole = start > 0 && left >= Rows::kSteps + kPieceSteps;
             const auto copy = [&](char *to, const void *first, const Input *rows, const Strides4 &s) {
                 if (piece >= Rows::kRawPieces) return;

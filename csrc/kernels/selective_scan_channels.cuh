@@ -44,7 +44,7 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
 
     rows.ask(b);
     wait_for_kernel_before();
-    rows.copy(rows.length, 0);
+    rows.copy(rows.length(), 0);
     BC.read(0);
     if (Rows::kOnGrid && p.dstate != Rows::kSlots)           // zeros for states not there
         for (int i = threadIdx.x % 32; i < Rows::kBCTile; i += 32) BC_tile[i] = 0.f;
@@ -92,8 +92,8 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
             if (k < before) own.delta[k] = 0.f;
     }
 
-    for (int start = 0, stage = 0; start < rows.length; start += kSteps, stage ^= 1) {
-        const int left = rows.length - start;
+    for (int start = 0, stage = 0; start < rows.length(); start += kSteps, stage ^= 1) {
+        const int left = rows.length() - start;
         const bool more = left > kSteps;
         __syncwarp();                                        // B and C of this tile are there, y before it is out
         if (more) {
