@@ -341,6 +341,14 @@ def test_few_channels_and_a_long_sequence(length, channels, dtype):
     assert_matches(inputs(1, channels, length, 16, dtype))
 
 
+# On an H200 two rounds of CTAs of 16 channels, and 98 of 8; rows on the grid of 16 bytes and off.
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dstate", [9, 16])
+@pytest.mark.parametrize("length", [64, 101])
+def test_channels_of_two_rounds_and_a_rest(length, dstate, dtype):
+    assert_matches(inputs(1, 5001, length, dstate, dtype))
+
+
 @pytest.mark.parametrize("dstate", [2, 3, 4, 7, 9, 13, 24, 31, 33, 48, 65, 96, 128, 129, 192, 255])
 @pytest.mark.parametrize("channels", [33, 4100])
 def test_matches_the_recurrence_for_any_dstate_in_bf16(dstate, channels):

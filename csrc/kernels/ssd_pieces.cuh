@@ -36,9 +36,9 @@ enum class SsdBoxesOfY : int {
 struct SsdParams {
     CUtensorMap C, B;                                        // (batch, group, row, state): Input; a share of 64 rows
     SsdOperand x, z;                                         // Input; z where has_z
-    CUtensorMap y_maps[3];                                   // kHeads: (batch, token, head, channel). kPairs: (batch,
-                                                             // token, 0, column); boxes of headdim / 8 pieces, one
-                                                             // fewer, as many, one more
+    CUtensorMap y_maps[3];                                   // kHeads: the first, (batch, token, head, channel).
+                                                             // kPairs: (batch, token, 0, column), in boxes of one
+                                                             // piece fewer than headdim / 8, of as many, of one more
     bool has_z;
     const void *dt;                                          // Input, or float where dt_float
     const float *A, *D, *dt_bias, *initial;                  // all but A may be null; initial as final_states

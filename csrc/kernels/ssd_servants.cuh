@@ -216,9 +216,8 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
                 }
                 __syncwarp();
             } else if (!kExtras && p.y_boxes == SsdBoxesOfY::kPairs) {
-                if constexpr (!kExtras)
-                    store_pair<kStates16>(p, pair, place.rank, chunks++, shared, shared_at, thread, y, stride, count,
-                                          chunk, batch);
+                store_pair<kStates16>(p, pair, place.rank, chunks++, shared, shared_at, thread, y, stride, count, chunk,
+                                      batch);
             } else {
                 store_rows(y, stride, shared + tile_at, rows.first, count, rows.channels, thread);
             }

@@ -99,6 +99,7 @@ void launch_few_channels(const SelectiveScanParams &p, const ScanTileAccess &acc
     using Wide = ScanTile<Input, 2, 4, 1, 2, 2, 64>;
     using Thin = ScanTile<Input, 1, 4, 1, 4, 1, 64>;
     constexpr int kWide = Wide::kChannels * Wide::kTiles, kShared = std::max(Wide::kSharedBytes, Thin::kSharedBytes);
+    static_assert(kShared <= 48 * 1024);
     const int64_t processors = multiprocessors(device), rounds = int64_t{p.batch} * p.channels / (processors * kWide);
     const int wide = static_cast<int>(rounds * processors / p.batch);
     const int thin = (p.channels - wide * kWide + Thin::kChannels - 1) / Thin::kChannels;

@@ -197,8 +197,8 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
     return copies;
 }
 
-// The maps of y where its rows, or those of two neighbours in a cluster, hold whole pieces of 16 bytes, and those of x lie
-// alike.
+// The maps of y where its rows are whole pieces of 16 bytes, or two neighbours in a cluster make such of theirs, and
+// rows of x lie alike.
 inline void make_y_maps(SsdParams &p, const Tensor &y) {
     const uint64_t heads = p.heads, headdim = p.headdim, token = heads * headdim;
     p.y_boxes = SsdBoxesOfY::kNone;
