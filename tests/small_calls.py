@@ -67,10 +67,16 @@ def scans() -> Iterator[Call]:
         yield scan(2, 13001, 9, 16, dtype)
     for dstate in (1, 4, 5, 7, 8, 10, 12, 13):
         yield scan(2, 13001, 9, dstate)
-    for dstate in range(1, 17):                         # many channels, rows on the grid; four or two lanes for some
-        yield scan(2, 8501 if dstate % 4 < 2 else 11001, 72, dstate, F16 if dstate % 2 else BF16)
-    for channels, dstate in ((9001, 2), (5001, 7), (1500, 12), (9001, 16)):     # and off it
+    for dstate in range(1, 17):                         # many channels, rows on the grid; a lane, two or four for some
+        yield scan(2, 8501 if dstate % 4 < 2 else 13001, 72, dstate, F16 if dstate % 2 else BF16)
+    for channels, dstate in ((13001, 2), (5001, 7), (1500, 12), (13001, 16)):   # and off it
         yield scan(2, channels, 277, dstate, F16 if dstate % 2 else BF16)
+    name, op, arguments = scan(2, 9001, 264, 7)         # u one row for all, B off the grid
+    u, _, _, B, *_ = arguments
+    arguments[0], arguments[3] = u[:, :1].expand_as(u), normal(*B.shape[:-1], 265, dtype=BF16)[..., 1:]
+    yield f"{name}, one row of u", op, arguments
+    for dstate in (9, 16):
+        yield scan(2, 5101, 24, dstate)                 # two kinds of CTAs
     for dstate in (4, 8, 12):
         yield scan(2, 4500, 24, dstate)
         yield scan(2, 45, 24, dstate)

@@ -151,8 +151,8 @@ def test_matches_the_recurrence_for_every_number_of_states_of_many_channels(dsta
     assert_matches(inputs(2, 13001, 35, dstate, torch.bfloat16))
 
 
-# A first round on an H200 is 16,896 channels: none is left over, a few, so many that two lanes share each, so many that
-# two and four do, too many for that; several batch entries, which need not end with a round; more than run at once.
+# An H200 has 528 schedulers. Each gets two warps of 16 channels, or those and one of 8, three of 16, one of each kind,
+# two of 32, ...; several batch entries, with which rounds need not end; more than run at once.
 @pytest.mark.parametrize(("batch", "channels"), [(1, 16896), (1, 17001), (1, 22333), (1, 26001), (1, 31001), (3, 5633),
                                                  (2, 9001), (8, 2117), (5, 7001), (17, 1001), (1, 60001)])
 @pytest.mark.parametrize("length", [72, 263])                    # rows on the grid of 16 bytes and off
@@ -211,6 +211,15 @@ def test_many_channels_are_views_amid_others_off_the_grid(start, length):
         case[name] = around[..., start:start + length].copy_(case[name])
     wide = torch.full((2, 9009, 341), 7.0, dtype=torch.bfloat16, device="cuda")
     assert_writes_nothing_else(case, wide[:, 7:], start)         # its row 8 lies as row 0 of u does
+
+
+# Every second row of y lies 8 elements behind a place where the one row of u could not begin.
+@pytest.mark.parametrize("name", ["u", "delta", "z"])
+def test_many_channels_share_a_row(name):
+    case = inputs(2, 9001, 264, 7, torch.bfloat16)
+    for state_row in ("B", "C"):
+        case[state_row] = inputs(2, 1, 265, 7, torch.bfloat16)[state_row][..., 1:]
+    assert_matches(case | {name: case[name][:, :1].expand_as(case[name])})
 
 
 def assert_writes_nothing_else(case, wide, start):
@@ -341,12 +350,14 @@ def test_few_channels_and_a_long_sequence(length, channels, dtype):
     assert_matches(inputs(1, channels, length, 16, dtype))
 
 
-# On an H200 two rounds of CTAs of 16 channels, and 98 of 8; rows on the grid of 16 bytes and off.
+# On an H200 two rounds of CTAs of 16 channels, and 98 of 8; two of 32, and 110 of 16. Rows on the grid of 16 bytes and
+# off.
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("dstate", [9, 16])
+@pytest.mark.parametrize(("batch", "channels"), [(1, 5001), (2, 5101)])
 @pytest.mark.parametrize("length", [64, 101])
-def test_channels_of_two_rounds_and_a_rest(length, dstate, dtype):
-    assert_matches(inputs(1, 5001, length, dstate, dtype))
+def test_channels_of_two_rounds_and_a_rest(length, batch, channels, dstate, dtype):
+    assert_matches(inputs(batch, channels, length, dstate, dtype))
 
 
 @pytest.mark.parametrize("dstate", [2, 3, 4, 7, 9, 13, 24, 31, 33, 48, 65, 96, 128, 129, 192, 255])

@@ -12,21 +12,20 @@
 namespace shedder {
 
 // kOnGrid_: all rows begin with a piece of memory. Else those of u, delta, z and y of a channel lie alike, and the
-// channels of a warp are eight apart, so that all its rows begin at the same place of a piece. They are taken to begin
-// with the piece, `skew` steps earlier. B and C come as the pieces of memory that they lie in, one more than there are.
+// channels of a warp are sixteen apart, so that its rows of y begin at the same place of a sector of 16 elements. They
+// are taken to begin with the sector, `skew` steps earlier. Pieces of B and C begin anywhere.
 template <typename Input_, int kStates_, int kLanes_, bool kOnGrid_>
 struct ScanRows {
     using Input = Input_;
     static constexpr int kStates = kStates_, kLanes = kLanes_;
     static constexpr bool kOnGrid = kOnGrid_;
     static_assert(sizeof(Input) == 2 && (kLanes == 1 || kLanes == 2 || kLanes == 4));
-    static constexpr int kChannels = 32 / kLanes, kApart = kOnGrid ? 1 : 8;
+    static constexpr int kChannels = 32 / kLanes, kApart = kOnGrid ? 1 : 16;
     // Of a tile; 32 where 64 take so much shared memory that a multiprocessor has room for fewer warps.
     static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > 6) ? 32 : 64;
     static constexpr int kSlots = kStates * kLanes;          // states there is room for
     static constexpr int kRowPieces = kSteps / kPieceSteps;
     static constexpr int kRow = 16 * kRowPieces, kTile = kChannels * kRow;   // bytes: of a row, a tensor's tile
-    static constexpr int kRawPieces = kRowPieces + 1, kRawRow = 16 * kRawPieces;     // that a row of B or C lies in
     static constexpr int kCopies = kRowPieces / kLanes;      // of a lane, for a tile of a tensor
     static constexpr int kOwn = kPieceSteps / kLanes;        // steps of a piece whose channel-only work a lane does
     // Words of B and C: those of a step neighbours, pieces padded to other banks.
@@ -35,22 +34,13 @@ struct ScanRows {
     static constexpr int kBCPiece = kPieceSteps * kSlots * 2 + (kRowPieces == 4 ? 8 : 4);
     static constexpr int kBCTile = kRowPieces * kBCPiece;
     static constexpr int kBCPieces = (kSlots * kRowPieces + 31) / 32;        // that a lane brings
-    // The next B and C wait for the end of a tile in registers, or as they lie in memory.
-    static constexpr int kStages = 2, kRaw = kOnGrid ? 0 : 2 * kSlots * kRawRow;
-    static constexpr int kSharedBytes = kStages * 3 * kTile + 4 * kBCTile + kRaw;
+    static constexpr int kStages = 2, kSharedBytes = kStages * 3 * kTile + 4 * kBCTile;
 
     // Byte of a tile at which piece `piece` of row `row` lies: neighbouring rows on different banks.
     static __device__ int at(int row, int piece) {
         return row * kRow + (piece ^ (kRowPieces == 4 ? row >> 1 & 3 : row & 7)) * 16;
     }
 };
-
-// Steps of memory between the start of a piece and `at`.
-template <typename Rows>
-__device__ __forceinline__ int skew_of(const typename Rows::Input *at) {
-    constexpr int kSize = sizeof(typename Rows::Input);
-    return Rows::kOnGrid ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(at) / kSize % kPieceSteps);
-}
 
 // The rows of a warp's channels. A lane copies pieces of some rows, and walks along a row of its own or a share of one.
 template <typename Rows>
@@ -76,8 +66,8 @@ struct ScanChannelRows {
           row(threadIdx.x % 32 / kLanes), column(threadIdx.x % 32 % kLanes),
           copied_row(threadIdx.x % 32 / Rows::kRowPieces), copied_piece(threadIdx.x % 32 % Rows::kRowPieces),
           behind(last - first_channel - copied_row * kApart), channel(min(first_channel + row * kApart, last)),
-          skew(skew_of<Rows>(static_cast<const Input *>(p.u) + b * p.u_strides.batch
-                             + first_channel * p.u_strides.channel)) {
+          skew(Rows::kOnGrid ? 0 : within_sector(static_cast<const Input *>(p.y) + b * p.y_strides.batch
+                                                 + first_channel * p.y_strides.channel)) {
         const auto first_of = [&](const void *tensor, const Strides3 &s) {
             return static_cast<const Input *>(tensor) + b * s.batch + (first_channel + copied_row * kApart) * s.channel
                 + copied_piece * kPieceSteps - skew;
@@ -99,8 +89,7 @@ struct ScanChannelRows {
     }
 
     __device__ int length() const { return p.length + skew; }
-    __device__ bool exists() const { return first_channel + row * kApart <= last; }
-    __device__ bool copies_row(int i) const { return i * kCopiedRows * kApart <= behind; }
+    __device__ static bool copies_row(int i, int behind) { return i * kCopiedRows * kApart <= behind; }
     __device__ char *tile_of(int stage, int tensor) const { return tiles + (stage * 3 + tensor) * Rows::kTile; }
     // Of this lane's steps of u.
     __device__ __forceinline__ char *place_of(int stage, int piece) const {
@@ -115,19 +104,21 @@ struct ScanChannelRows {
     }
 
     // The next tile, of which `left` steps exist, on its way. Zeros for steps not there; anything for rows, and for
-    // steps before them.
+    // steps before them, of whose pieces none is read that might lie before a tensor.
     __device__ __forceinline__ void copy(int left, int stage) {
+        const bool begun = Rows::kOnGrid || p.length - left + (copied_piece + 1) * kPieceSteps > 0;
+        const int rows = begun ? behind : -1;
         if (left >= kSteps) {
-            copy_whole(tile_of(stage, 0), u_at, p.u_strides.channel);
-            copy_whole(tile_of(stage, 1), delta_at, p.delta_strides.channel);
-            if (p.z != nullptr) copy_whole(tile_of(stage, 2), z_at, p.z_strides.channel);
+            copy_whole(tile_of(stage, 0), u_at, rows, p.u_strides.channel);
+            copy_whole(tile_of(stage, 1), delta_at, rows, p.delta_strides.channel);
+            if (p.z != nullptr) copy_whole(tile_of(stage, 2), z_at, rows, p.z_strides.channel);
         } else {
 #pragma unroll 1
             for (int tensor = 0; tensor < 2 + (p.z != nullptr); ++tensor) {
                 const auto one_of = [&](auto u, auto delta, auto z) {
                     return tensor == 0 ? u : tensor == 1 ? delta : z;
                 };
-                copy_part(tile_of(stage, tensor), one_of(u_at, delta_at, z_at), left,
+                copy_part(tile_of(stage, tensor), one_of(u_at, delta_at, z_at), rows, left,
                           static_cast<const Input *>(one_of(p.u, p.delta, p.z)),
                           *one_of(&p.u_strides, &p.delta_strides, &p.z_strides));
             }
@@ -162,12 +153,12 @@ struct ScanChannelRows {
         const int before = is_first ? skew : 0;              // steps before the rows
         if (left >= kSteps && before == 0) {
             each_piece(y_at, p.y_strides.channel, [&](int i, Input *to) {
-                if (copies_row(i)) *reinterpret_cast<uint4 *>(to) = piece_of(i);
+                if (copies_row(i, behind)) *reinterpret_cast<uint4 *>(to) = piece_of(i);
             });
         } else {
             each_piece(y_at, p.y_strides.channel, [&](int i, Input *to) {
                 const uint4 out = piece_of(i);
-                const int end = copies_row(i) ? left : 0;
+                const int end = copies_row(i, behind) ? left : 0;
 #pragma unroll
                 for (int k = 0; k < kPieceSteps; ++k)
                     if (before <= copied_piece * kPieceSteps + k && copied_piece * kPieceSteps + k < end)
@@ -178,16 +169,21 @@ struct ScanChannelRows {
     }
 
 private:
-    __device__ __forceinline__ void copy_whole(char *to, const Input *from, int64_t pitch) const {
+    // Elements between the start of a sector and `at`.
+    __device__ __forceinline__ static int within_sector(const Input *at) {
+        return static_cast<int>(reinterpret_cast<uintptr_t>(at) / sizeof(Input) % 16);
+    }
+
+    __device__ __forceinline__ void copy_whole(char *to, const Input *from, int rows, int64_t pitch) const {
         each_piece(from, pitch, [&](int i, const Input *at) {
-            if (copies_row(i)) copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, copied_piece), at);
+            if (copies_row(i, rows)) copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, copied_piece), at);
         });
     }
 
-    __device__ __forceinline__ void copy_part(char *to, const Input *from, int left, const Input *tensor,
+    __device__ __forceinline__ void copy_part(char *to, const Input *from, int rows, int left, const Input *tensor,
                                               const Strides3 &s) const {
         const auto part = [&](int i, auto copy) {
-            const int there = copies_row(i) ? left - copied_piece * kPieceSteps : 0;
+            const int there = copies_row(i, rows) ? left - copied_piece * kPieceSteps : 0;
             copy(to + Rows::at(copied_row + i * kCopiedRows, copied_piece), min(max(there, 0), kPieceSteps) * 2);
         };
         const Input *const end = tensor + (p.batch - 1) * s.batch + last * s.channel + p.length;
@@ -211,18 +207,21 @@ __device__ __forceinline__ void clear_first(uint32_t (&words)[kWords], int count
         words[i] = count >= 2 * i + 2 ? 0u : count == 2 * i + 1 ? words[i] & 0xffff0000u : words[i];
 }
 
-// The rows of B and C: a lane brings pieces of some. The tile holds floats; behind it, off the grid, lie the pieces of
-// memory of the next one. Steps count from `skew` before the rows.
+// The rows of B and C: a lane brings pieces of some, which wait in its registers, as the words of memory that they lie
+// in, until the tile may hold them as floats. Steps count from `skew` before the rows.
 template <typename Rows>
 struct ScanStateRows {
     using Input = typename Rows::Input;
+    struct Words {
+        uint32_t word[kPieceSteps / 2 + !Rows::kOnGrid];     // off the grid a piece may begin within a word
+    };
 
     const SelectiveScanParams &p;
     const int skew;
     const Input *const B_row, *const C_row;                  // of state 0, at step 0
     float *const tile;
     const int lane = threadIdx.x % 32;
-    Piece<Input> B[Rows::kBCPieces], C[Rows::kBCPieces];
+    Words B[Rows::kBCPieces], C[Rows::kBCPieces];
 
     __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, int64_t b, int skew, float *tile)
         : p(p), skew(skew),
@@ -234,97 +233,86 @@ struct ScanStateRows {
         return make_int2(index / Rows::kRowPieces, index % Rows::kRowPieces * kPieceSteps);
     }
 
-    // The steps from `start` on, on their way.
+    // The steps from `start` on, on their way. Zeros for steps not there.
     __device__ __forceinline__ void read(int start) {
-        if constexpr (Rows::kOnGrid) {
-            const auto all = [&](auto read_one) {
+        const auto all = [&](auto read_one) {
 #pragma unroll
-                for (int i = 0; i < Rows::kBCPieces; ++i) {
-                    const int2 place = place_of(i);
-                    if (place.x >= p.dstate) continue;
-                    B[i] = read_one(B_row + place.x * p.B_strides.state + start + place.y, start + place.y);
-                    C[i] = read_one(C_row + place.x * p.C_strides.state + start + place.y, start + place.y);
-                }
-            };
-            if (p.length - start >= Rows::kSteps)
-                all([](const Input *from, int) { return read_whole_piece(from); });
-            else
-                all([&](const Input *from, int t) { return read_piece(from, 1, p.length - t, Access::kVector); });
-        } else {
-            // Pieces of a row by neighbouring lanes.
-            constexpr int kLanesOfRow = Rows::kRawPieces <= 8 ? 8 : 16, kAtOnce = 32 / kLanesOfRow;
-            const int piece = lane % kLanesOfRow, first_row = lane / kLanesOfRow, left = p.length + skew - start;
-            const bool whole = start > 0 && left >= Rows::kSteps + kPieceSteps;
-            const auto copy = [&](char *to, const void *first, const Input *rows, const Strides4 &s) {
-                if (piece >= Rows::kRawPieces) return;
-                const int64_t pitch = s.state;
-                const Input *from = rows + first_row * pitch + start;
-                to += first_row * Rows::kRawRow + piece * 16;
-                if (whole) {
-#pragma unroll
-                    for (int i = 0; i < Rows::kSlots; i += kAtOnce, from += kAtOnce * pitch)
-                        if (first_row + i < p.dstate)
-                            copy_async_line(to + i * Rows::kRawRow, from - skew_of<Rows>(from) + piece * kPieceSteps);
-                    return;
-                }
-                const Input *const end = static_cast<const Input *>(first) + (p.batch - 1) * s.batch
-                    + (p.dstate - 1) * pitch + p.length;
-#pragma unroll 1
-                for (int i = first_row; i < p.dstate;
-                     i += kAtOnce, from += kAtOnce * pitch, to += kAtOnce * Rows::kRawRow) {
-                    // Of the piece: steps of the row before it, and until the row ends.
-                    const int at = piece * kPieceSteps - skew_of<Rows>(from), there = left - at;
-                    const bool begun = start + at + kPieceSteps > skew;
-                    copy_async_part(to, from + at, begun ? min(max(there, 0), kPieceSteps) * 2 : 0, end);
-                }
-            };
-            copy(raw(), p.B, B_row, p.B_strides);
-            copy(raw() + Rows::kSlots * Rows::kRawRow, p.C, C_row, p.C_strides);
-            copies_committed();
-        }
+            for (int i = 0; i < Rows::kBCPieces; ++i) {
+                const int2 place = place_of(i);
+                if (place.x >= p.dstate) continue;
+                B[i] = read_one(B_row + place.x * p.B_strides.state + start + place.y, start + place.y);
+                C[i] = read_one(C_row + place.x * p.C_strides.state + start + place.y, start + place.y);
+            }
+        };
+        if (start >= skew && p.length + skew - start >= Rows::kSteps)
+            all([](const Input *from, int) { return whole(from); });
+        else
+            all([&](const Input *from, int t) { return part(from, t - skew); });
     }
 
-    // What `read` has brought from `start` on, as floats in the tile. Zeros before the rows.
-    __device__ __forceinline__ void put(int start) {
-        if (!Rows::kOnGrid) take(start);
+    // What `read` has brought, as floats in the tile.
+    __device__ __forceinline__ void put() const {
 #pragma unroll
         for (int i = 0; i < Rows::kBCPieces; ++i) {
             const int2 place = place_of(i);
             const int n = place.x;
-            if (n >= (Rows::kOnGrid ? p.dstate : Rows::kSlots)) continue;
+            if (n >= p.dstate) continue;
             float *const to = tile + place.y / kPieceSteps * Rows::kBCPiece + n / Rows::kStates * Rows::kBlock
                 + n % Rows::kStates * 2;
+            const Piece<Input> b = steps_of(B[i], B_row + n * p.B_strides.state);
+            const Piece<Input> c = steps_of(C[i], C_row + n * p.C_strides.state);
 #pragma unroll
             for (int k = 0; k < kPieceSteps; ++k)
                 *reinterpret_cast<float2 *>(to + k / Rows::kBlockSteps * Rows::kBlock * Rows::kLanes
                                             + k % Rows::kBlockSteps * Rows::kStates * 2) =
-                    make_float2(B[i].get(k), C[i].get(k));
+                    make_float2(b.get(k), c.get(k));
         }
     }
 
 private:
-    __device__ __forceinline__ char *raw() const { return reinterpret_cast<char *>(tile + Rows::kBCTile); }
+    // Elements between the start of a word of memory and `at`.
+    __device__ __forceinline__ static int within_word(const Input *at) {
+        return Rows::kOnGrid ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(at) / 2 % 2);
+    }
 
-    __device__ __forceinline__ void take(int start) {
-        const auto take_one = [&](const char *rows, int2 place, const Input *row) {
-            Piece<Input> piece{};
-            if (place.x >= p.dstate) return piece;
-            const int apart = skew_of<Rows>(row + start);
-            const uint32_t *const from = reinterpret_cast<const uint32_t *>(rows + place.x * Rows::kRawRow
-                                                                            + place.y * 2) + apart / 2;
+    // All 8 steps from `from` on exist.
+    __device__ __forceinline__ static Words whole(const Input *from) {
+        Words words;
+        if constexpr (Rows::kOnGrid) {
+            const uint4 at = *reinterpret_cast<const uint4 *>(from);
+            words.word[0] = at.x, words.word[1] = at.y, words.word[2] = at.z, words.word[3] = at.w;
+        } else {
+            const int within = within_word(from);
+            const uint32_t *const at = reinterpret_cast<const uint32_t *>(from - within);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                piece.word[i] = __funnelshift_r(from[i], from[i + 1], apart % 2 * 16);
-            return piece;
+            for (int i = 0; i < kPieceSteps / 2; ++i) words.word[i] = at[i];
+            words.word[kPieceSteps / 2] = at[kPieceSteps / 2 - 1 + within];  // no word of which no step is asked for
+        }
+        return words;
+    }
+
+    // `from` is step t of the row, of which some of the 8 may not exist.
+    __device__ __forceinline__ Words part(const Input *from, int t) const {
+        Words words;
+        const int within = within_word(from);
+        const auto element = [&](int k) {
+            const int at = k - within;
+            return 0 <= t + at && t + at < p.length ? reinterpret_cast<const uint16_t *>(from)[at] : uint16_t{0};
         };
 #pragma unroll
-        for (int i = 0; i < Rows::kBCPieces; ++i) {
-            const int2 place = place_of(i);
-            B[i] = take_one(raw(), place, B_row + place.x * p.B_strides.state);
-            C[i] = take_one(raw() + Rows::kSlots * Rows::kRawRow, place, C_row + place.x * p.C_strides.state);
-            if (start + place.y < skew) clear_first(B[i].word, skew), clear_first(C[i].word, skew);
-        }
-        __syncwarp();
+        for (int i = 0; i < static_cast<int>(sizeof(words)) / 4; ++i)
+            words.word[i] = element(2 * i) | static_cast<uint32_t>(element(2 * i + 1)) << 16;
+        return words;
+    }
+
+    __device__ __forceinline__ static Piece<Input> steps_of(const Words &words, const Input *row) {
+        Piece<Input> piece;
+        const int within = within_word(row);
+#pragma unroll
+        for (int i = 0; i < kPieceSteps / 2; ++i)
+            piece.word[i] = Rows::kOnGrid ? words.word[i]
+                                          : __funnelshift_r(words.word[i], words.word[i + !Rows::kOnGrid], within * 16);
+        return piece;
     }
 };
 

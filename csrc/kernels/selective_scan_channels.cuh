@@ -10,13 +10,15 @@
 // all lanes read at once. Against tiles shared by a team (selective_scan_tiled.cuh) the path out of shared memory
 // carries a half to a third: (delta, delta u) and the sums over states never pass through it.
 //
-// A channel costs least where a lane has it to itself. But 5120 channels of 8 batch entries are 2.4 such warps for each
-// scheduler of an H200, and the third would be there for some only. So shares of channels are of three kinds: whole
-// rounds of schedulers get shares of 32 channels, what is left over makes shares of 16 or 8 that are less to do.
+// A channel costs least where a lane has it to itself, if warps are enough to hide each other's waiting. But 5120
+// channels of 8 batch entries are 2.4 such warps for each scheduler of an H200, and the third would be there for some
+// only. So a warp's share is 32, 16 or 8 channels, and each scheduler gets the same shares.
 //
 // Rows off the 16-byte grid (L that is no multiple of 8): those of every eighth channel begin at the same place of a
-// piece. A warp takes such channels, and begins with the piece, up to 7 steps before its rows, in which nothing
-// happens. So all its pieces are whole in memory, and only those of B and C, and the ends of y, are not.
+// piece, those of every sixteenth at the same place of a sector of 32 bytes. A warp takes such channels, and begins
+// with the sector, up to 15 steps before its rows, in which nothing happens. So all its pieces are whole in memory,
+// and only those of B and C, and the ends of y, are not. A sector of y that is written in two parts takes more time than
+// its bytes.
 //
 // Bound: the issue slots and MUFU, one ex2 for each (t, n), or bytes where states are few.
 
@@ -46,7 +48,7 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
     wait_for_kernel_before();
     rows.copy(rows.length(), 0);
     BC.read(0);
-    if (Rows::kOnGrid && p.dstate != Rows::kSlots)           // zeros for states not there
+    if (p.dstate != Rows::kSlots)                            // zeros for states not there
         for (int i = threadIdx.x % 32; i < Rows::kBCTile; i += 32) BC_tile[i] = 0.f;
     float A[kStates], h[kStates] = {};
     load_states(A, p.A + channel * p.A_channel_stride, p.A_state_stride, first_state, p.dstate);
@@ -60,7 +62,7 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         __syncwarp();
     };
     tile_landed();
-    BC.put(0);
+    BC.put();
 
     // What belongs to the channel alone. Taken a piece ahead and without branches, so that it mingles with the walk.
     struct Prepared {
@@ -83,9 +85,10 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         }
         return to;
     };
-    Prepared own = prepare(rows.place_of(0, 0));
+    const int first_piece = rows.skew / kPieceSteps;
+    Prepared own = prepare(rows.place_of(0, first_piece));
     if (!Rows::kOnGrid) {                                    // before the rows the state passes by
-        const int before = rows.skew - column * kOwn;
+        const int before = rows.skew % kPieceSteps - column * kOwn;
         clear_first(reinterpret_cast<uint32_t (&)[kOwn / 2]>(own.u), before);
 #pragma unroll
         for (int k = 0; k < kOwn; ++k)
@@ -177,21 +180,24 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         };
         const int steps = min(left, kSteps), whole_pieces = steps / kPieceSteps;
 #pragma unroll 1
-        for (int piece = 0; piece < whole_pieces; ++piece) {
+        for (int piece = start == 0 ? first_piece : 0; piece < whole_pieces; ++piece) {
             walk(std::true_type{}, piece, kPieceSteps);
             if (piece + 2 == Rows::kRowPieces) tile_landed();                // the last one looks into the next tile
         }
         if (steps % kPieceSteps > 0) walk(std::false_type{}, whole_pieces, steps % kPieceSteps);
         rows.store(left, stage, start == 0);
-        if (more) BC.put(start + kSteps);                    // no lane reads this tile's any more: `store` saw to it
+        if (more) BC.put();                                  // no lane reads this tile's any more: `store` saw to it
     }
 
-    if (p.final_state != nullptr && rows.exists())
-        store_states(p.final_state + state_row, h, first_state, p.dstate);
+    int thread = threadIdx.x;
+    if (!Rows::kOnGrid) asm volatile("" : "+r"(thread));     // else where h goes fills registers meanwhile
+    const int own_channel = first_channel + thread % 32 / kLanes * Rows::kApart;
+    if (p.final_state != nullptr && own_channel < p.channels)
+        store_states(p.final_state + (b * p.channels + own_channel) * p.dstate, h, thread % kLanes * kStates, p.dstate);
 }
 
 // Of each batch entry the first channels in shares of 32, the next in shares of 16, the others in shares of 8. Off the
-// grid the shares of a kind are multiples of eight, which lie one channel from another.
+// grid the shares of a kind are multiples of sixteen, which lie one channel from another.
 struct ScanDeal {
     int wide, half, quarter;                                 // shares of 32, 16, 8 channels in a batch entry
 };

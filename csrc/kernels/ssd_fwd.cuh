@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     const uint32_t shared_at = shared_address(shared), states_there = shared_at + Shared::kStatesThere,
                    channels_there = shared_at + Shared::kChannelsThere, empty_at = shared_at + Shared::kIsFree;
     SsdPlace &place = *reinterpret_cast<SsdPlace *>(shared + Shared::kPlace);
-    if (p.cluster > 1) cluster_sync();                       // all have begun: their shared memory is there
+    if (p.cluster > 1) cluster_sync();                       // all have begun: from here on their shared memory is there
     if (threadIdx.x == kCopyWarp * 32) {
         prefetch_map(&p.C);
         prefetch_map(&p.B);
@@ -336,6 +336,10 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             if constexpr (!kEarly) take_scores();
             barrier_wait(channels_there + stage * 8, parity);
             const float s_row[2] = {decays.s[row0], decays.s[row0 + 8]};
+            if constexpr (kEarly) {
+                wgmma_wait<0>();
+                pin(S);
+            }
             if (kExtras && p.runs != nullptr) {
                 const int run[2] = {decays.run[row0] >> 1, decays.run[row0 + 8] >> 1};
 #pragma unroll
@@ -449,10 +453,6 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
 
             wgmma_wait<1>();
             pin(y);
-            if constexpr (kEarly) {                          // of the next chunk, or of whatever is there
-                if (left > 1) barrier_wait(states_there + (stage ^ 1) * 8, parity ^ stage);
-                begin_scores(stage ^ 1);
-            }
             if (kExtras && p.has_z) {
                 uint32_t z16[4][4];
                 load_channels(z16, x_at + kTileBytes, rest_of(stage) + kRestBytes);
@@ -481,9 +481,14 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             }
             fence_for_wgmma();                               // boxes are stored from there, or copied to it
             barrier_arrive_at<kYThere>();
-            wgmma_wait<0>();
+            if constexpr (kEarly) {                          // of the next chunk, or of whatever is there
+                if (left > 1) barrier_wait(states_there + (stage ^ 1) * 8, parity ^ stage);
+                begin_scores(stage ^ 1);
+                wgmma_wait<1>();
+            } else {
+                wgmma_wait<0>();
+            }
             pin(h);
-            if constexpr (kEarly) pin(S);
             release_stage(stage);
             if (++stage == kStages) stage = 0, parity ^= 1;
         }

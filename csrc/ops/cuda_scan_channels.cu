@@ -12,24 +12,30 @@
 namespace shedder {
 namespace {
 
-// As many whole rounds of shares of 32 channels as the schedulers of the GPU take. What is left over makes the round
-// that is least to do: of shares of 8, of 16, of both in two; or of 32, which is not to be the only one. Measured on an
-// H200 (docs/measured-facts.md, selective scan).
+// How many warps of 32, 16 and 8 channels a scheduler of the GPU gets, by the channels that there are for each: those
+// that take the least time. Three warps run at once. Measured on an H200 (docs/measured-facts.md, selective scan).
+constexpr ScanDeal kDeals[] = {{0, 0, 1}, {0, 1, 0}, {0, 1, 1}, {0, 2, 0}, {0, 2, 1}, {0, 3, 0},
+                               {1, 1, 1}, {2, 0, 0}, {2, 0, 1}, {2, 1, 0}, {3, 0, 0}};
+
+// Shares come `together`: in multiples of as many. Of more channels than three warps take, whole rounds of 32 come first.
 ScanDeal deal_channels(const SelectiveScanParams &p, int64_t schedulers, int together) {
-    const int eights = (p.channels + 8 * together - 1) / (8 * together);     // in what follows shares come `together`
-    const int64_t all = int64_t{p.batch} * together, rounds = all * eights / (4 * schedulers);
-    const int wide = static_cast<int>(std::min<int64_t>(rounds * schedulers / all, eights / 4));
-    const int left = eights - 4 * wide, halves = (left + 1) / 2;
-    const int half = static_cast<int>(std::min<int64_t>(schedulers / all, left / 2)), quarter = left - 2 * half;
-    auto fit = [&](int64_t shares) { return shares * all <= schedulers; };
-    auto deal = [&](int wide, int half, int quarter) {
-        return ScanDeal{wide * together, half * together, quarter * together};
-    };
-    if (fit(left)) return deal(wide, 0, left);
-    if (fit(halves)) return deal(wide, halves, 0);
-    if (rounds < 2 && fit(quarter)) return deal(wide, half, quarter);
-    if (rounds > 0) return deal((eights + 3) / 4, 0, 0);
-    return deal(wide, halves, 0);
+    const int eights = (p.channels + 8 * together - 1) / (8 * together);
+    const int64_t all = int64_t{p.batch} * together, rounds = (all * eights + 4 * schedulers - 1) / (4 * schedulers);
+    const int before = static_cast<int>(std::max<int64_t>(rounds - 3, 0) * schedulers / all);
+    for (const ScanDeal &each : kDeals) {
+        int left = eights - 4 * before;
+        const auto take = [&](int rounds, int eights_of_share, bool others_follow) {
+            const int most = static_cast<int>(rounds * schedulers / all);
+            const int shares = std::min(most, (left + (others_follow ? 0 : eights_of_share - 1)) / eights_of_share);
+            left = std::max(left - shares * eights_of_share, 0);
+            return shares * together;
+        };
+        const int wide = take(each.wide, 4, each.half + each.quarter > 0);
+        const int half = take(each.half, 2, each.quarter > 0);
+        const int quarter = take(each.quarter, 1, false);
+        if (left == 0) return {before * together + wide, half, quarter};
+    }
+    return {eights / 4 * together, eights % 4 / 2 * together, eights % 2 * together};
 }
 
 // Off the grid there are kernels for every second number of states.
@@ -53,7 +59,7 @@ void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, int32_t de
 
 template <typename Input>
 void launch_scan_channels(const SelectiveScanParams &p, bool on_grid, int32_t device, cudaStream_t stream) {
-    const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(device), on_grid ? 1 : 8);
+    const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(device), on_grid ? 1 : 16);
     if (on_grid) launch_slots<Input, true>(p, deal, device, stream);
     else launch_slots<Input, false>(p, deal, device, stream);
 }

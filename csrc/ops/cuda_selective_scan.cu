@@ -91,34 +91,47 @@ void launch_many_states(const SelectiveScanParams &p, const ScanTileAccess &acce
 // of 8, of 8 whose states two warps share. Measured on an H200 (docs/measured-facts.md, selective scan).
 constexpr int64_t kFewChannels = 8192;
 
+// Whole rounds of CTAs of Wide's channels, and what is left over, if it is one round or less, as CTAs of Thin's, which
+// are half as many. False where that is not how it comes out.
+template <typename Wide, typename Thin, int kMinBlocks>
+bool launch_two_tiles(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device,
+                      cudaStream_t stream) {
+    constexpr int kWide = Wide::kChannels * Wide::kTiles, kThin = Thin::kChannels * Thin::kTiles;
+    constexpr int kShared = std::max(Wide::kSharedBytes, Thin::kSharedBytes);
+    static_assert(kShared <= 48 * 1024);
+    const int64_t processors = multiprocessors(device), rounds = int64_t{p.batch} * p.channels / (processors * kWide);
+    const int wide = static_cast<int>(rounds * processors / p.batch);
+    const int thin = (p.channels - wide * kWide + kThin - 1) / kThin;
+    if (rounds < 2 || thin * int64_t{p.batch} > processors) return false;
+    const Ctas ctas{static_cast<unsigned>((wide + thin) * p.batch), Wide::kThreads, kShared};
+    constexpr int kRoom = room<typename Wide::Input>(kMinBlocks);
+    if (on_the_grid(access))
+        launch_ctas(selective_scan_two_tiles<Wide, Thin, kRoom, true>, ctas, stream, p, access, wide, thin);
+    else
+        launch_ctas(selective_scan_two_tiles<Wide, Thin, kRoom, false>, ctas, stream, p, access, wide, thin);
+    return true;
+}
+
 template <typename Input>
 void launch_few_channels(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device,
                          cudaStream_t stream) {
     if (p.dstate <= 8) return launch_tiled<Input, 1, 4, 1, 2, 1, 64, 8>(p, access, stream);
-    // Two rounds or more of CTAs of 16 channels, and what is left over as CTAs of 8 that four warps share.
     using Wide = ScanTile<Input, 2, 4, 1, 2, 2, 64>;
     using Thin = ScanTile<Input, 1, 4, 1, 4, 1, 64>;
-    constexpr int kWide = Wide::kChannels * Wide::kTiles, kShared = std::max(Wide::kSharedBytes, Thin::kSharedBytes);
-    static_assert(kShared <= 48 * 1024);
-    const int64_t processors = multiprocessors(device), rounds = int64_t{p.batch} * p.channels / (processors * kWide);
-    const int wide = static_cast<int>(rounds * processors / p.batch);
-    const int thin = (p.channels - wide * kWide + Thin::kChannels - 1) / Thin::kChannels;
-    if (rounds < 2 || thin * int64_t{p.batch} > processors)
-        return launch_tiled<Input, 2, 4, 1, 2, 1, 64, 8>(p, access, stream);
-    const Ctas ctas{static_cast<unsigned>((wide + thin) * p.batch), Wide::kThreads, kShared};
-    constexpr int kMinBlocks = room<Input>(4);
-    if (on_the_grid(access))
-        launch_ctas(selective_scan_two_tiles<Wide, Thin, kMinBlocks, true>, ctas, stream, p, access, wide, thin);
-    else
-        launch_ctas(selective_scan_two_tiles<Wide, Thin, kMinBlocks, false>, ctas, stream, p, access, wide, thin);
+    if (launch_two_tiles<Wide, Thin, 4>(p, access, device, stream)) return;
+    launch_tiled<Input, 2, 4, 1, 2, 1, 64, 8>(p, access, stream);
 }
 
 template <typename Input>
-void launch_some_channels(const SelectiveScanParams &p, const ScanTileAccess &access, cudaStream_t stream) {
+void launch_some_channels(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device,
+                          cudaStream_t stream) {
     if (p.dstate <= 4) return launch_tiled<Input, 1, 4, 1, 1, 4, 64, 5>(p, access, stream);
     if (p.dstate <= 8) return launch_tiled<Input, 2, 4, 1, 1, 4, 64, 5>(p, access, stream);
     if (p.dstate <= 12) return launch_tiled<Input, 3, 4, 1, 1, 4, 32, 5>(p, access, stream);
-    return launch_tiled<Input, 2, 4, 2, 2, 1, 32, 10>(p, access, stream);
+    using Wide = ScanTile<Input, 2, 4, 2, 2, 2, 32>;
+    using Thin = ScanTile<Input, 2, 4, 1, 2, 2, 64>;
+    if (launch_two_tiles<Wide, Thin, 4>(p, access, device, stream)) return;
+    launch_tiled<Input, 2, 4, 2, 2, 1, 32, 10>(p, access, stream);
 }
 
 // ---- the form for many channels
@@ -133,19 +146,19 @@ bool all_lie_alike(const SelectiveScanParams &p) {
     return as_u(p.delta, p.delta_strides) && as_u(p.y, p.y_strides) && (p.z == nullptr || as_u(p.z, p.z_strides));
 }
 
-// Whether there are channels enough. For each scheduler of the GPU 32 of many states, fewer of few; off the grid, where
+// Whether there are channels enough. For each scheduler of the GPU 24 of many states, fewer of few; off the grid, where
 // the other forms take twice as long, 4, but steps enough for the start of its warps to pay. Measured on an H200
 // (docs/measured-facts.md, selective scan).
 template <typename Input>
 bool launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device,
                           cudaStream_t stream) {
     if constexpr (sizeof(Input) == 2) {
-        constexpr int kShortest = 256;
+        constexpr int kShortest = 64;
         const bool on_grid = on_the_grid(access);
         if (!on_grid && p.length < kShortest) return false;
         if (std::max(access.rows, access.BC) == Access::kStrided || !(on_grid || all_lie_alike<Input>(p))) return false;
         const int64_t schedulers = int64_t{4} * multiprocessors(device);
-        const int least = !on_grid || p.dstate <= 4 ? 4 : p.dstate <= 8 ? 24 : 32;
+        const int least = !on_grid || p.dstate <= 4 ? 4 : p.dstate <= 14 ? 16 : 24;
         const int64_t channels = int64_t{p.batch} * p.channels;
         if (channels < schedulers * least || channels >= int64_t{1} << 31) return false;     // shares are counted by int
         launch_scan_channels<Input>(p, on_grid, device, stream);
@@ -184,7 +197,7 @@ void launch(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t 
     if (launch_segments<Input>(p, access, device, stream)) return;
     if (launch_many_channels<Input>(p, access, device, stream)) return;
     if (int64_t{p.batch} * p.channels < kFewChannels) return launch_few_channels<Input>(p, access, device, stream);
-    launch_some_channels<Input>(p, access, stream);
+    launch_some_channels<Input>(p, access, device, stream);
 }
 
 }  // namespace
