@@ -244,7 +244,8 @@ struct ScanStateRows {
                 C[i] = read_one(C_row + place.x * p.C_strides.state + start + place.y, start + place.y);
             }
         };
-        if (start >= skew && p.length + skew - start >= Rows::kSteps)
+        // The last word may hold one step more.
+        if (start >= skew && p.length + skew - start >= Rows::kSteps + !Rows::kOnGrid)
             all([](const Input *from, int) { return whole(from); });
         else
             all([&](const Input *from, int t) { return part(from, t - skew); });
