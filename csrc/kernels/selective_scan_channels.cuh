@@ -17,8 +17,7 @@
 // Rows off the 16-byte grid (L that is no multiple of 8): those of every eighth channel begin at the same place of a
 // piece, those of every sixteenth at the same place of a sector of 32 bytes. A warp takes such channels, and begins
 // with the sector, up to 15 steps before its rows, in which nothing happens. So all its pieces are whole in memory,
-// and only those of B and C, and the ends of y, are not. A sector of y that is written in two parts takes more time than
-// its bytes.
+// and only those of B and C, and the ends of y, are not; nor is a sector of y written in two parts, which takes long.
 //
 // Bound: the issue slots and MUFU, one ex2 for each (t, n), or bytes where states are few.
 

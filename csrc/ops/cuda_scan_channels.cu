@@ -14,15 +14,17 @@ namespace {
 
 // How many warps of 32, 16 and 8 channels a scheduler of the GPU gets, by the channels that there are for each: those
 // that take the least time. Three warps run at once. Measured on an H200 (docs/measured-facts.md, selective scan).
-constexpr ScanDeal kDeals[] = {{0, 0, 1}, {0, 1, 0}, {0, 1, 1}, {0, 2, 0}, {0, 2, 1}, {0, 3, 0},
-                               {1, 1, 1}, {2, 0, 0}, {2, 0, 1}, {2, 1, 0}, {3, 0, 0}};
+constexpr ScanDeal kDeals[] = {{0, 0, 1}, {0, 1, 0}, {0, 1, 1}, {0, 2, 0}, {1, 0, 0}, {0, 2, 1}, {1, 0, 1}, {0, 3, 0},
+                               {1, 1, 0}, {1, 1, 1}, {2, 0, 0}, {2, 0, 1}, {2, 1, 0}, {3, 0, 0}};
 
-// Shares come `together`: in multiples of as many. Of more channels than three warps take, whole rounds of 32 come first.
-ScanDeal deal_channels(const SelectiveScanParams &p, int64_t schedulers, int together) {
+// Shares come `together`: in multiples of as many. Of more channels than three warps take, whole rounds of 32 come
+// first. halves: two warps of 16 take less time than one of 32.
+ScanDeal deal_channels(const SelectiveScanParams &p, int64_t schedulers, int together, bool halves) {
     const int eights = (p.channels + 8 * together - 1) / (8 * together);
     const int64_t all = int64_t{p.batch} * together, rounds = (all * eights + 4 * schedulers - 1) / (4 * schedulers);
     const int before = static_cast<int>(std::max<int64_t>(rounds - 3, 0) * schedulers / all);
     for (const ScanDeal &each : kDeals) {
+        if (each.half > 1 && !halves) continue;
         int left = eights - 4 * before;
         const auto take = [&](int rounds, int eights_of_share, bool others_follow) {
             const int most = static_cast<int>(rounds * schedulers / all);
@@ -59,7 +61,10 @@ void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, int32_t de
 
 template <typename Input>
 void launch_scan_channels(const SelectiveScanParams &p, bool on_grid, int32_t device, cudaStream_t stream) {
-    const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(device), on_grid ? 1 : 16);
+    // Not where one of few states would be a second lane's alone: the other has a slot that nothing fills.
+    constexpr int kFewStates = 8;
+    const bool halves = !on_grid || p.dstate % 2 == 0 || p.dstate > kFewStates;
+    const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(device), on_grid ? 1 : 16, halves);
     if (on_grid) launch_slots<Input, true>(p, deal, device, stream);
     else launch_slots<Input, false>(p, deal, device, stream);
 }
