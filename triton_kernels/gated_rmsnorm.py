@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pointwise import silu
+from .variants import compile_side_by_side
 
 
 # No size or address is specialised: a model whose layers all differ compiles this kernel for few of them.
@@ -92,10 +93,16 @@ def gated_rmsnorm(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | No
     if all(t.stride(-1) == 1 for t in tensors):
         align = 8 if all(size % 8 == 0 for size in sizes) else 1
     unit = max(align, 1)
-    block, warps = (512, 4) if max(segments) <= 512 else (2048, 8)
-    _gated_rmsnorm_kernel[(x.shape[0] * len(segments),)](
+    narrow, wide = {"BLOCK": 512, "num_warps": 4}, {"BLOCK": 2048, "num_warps": 8}
+    arguments = (
         x, weight, bias, z, bounds, eps_table, y, width // unit, len(segments),
         x.stride(0) // unit, x.stride(1), *((0, 0) if z is None else (z.stride(0) // unit, z.stride(1))),
-        weight.stride(0), 0 if bias is None else bias.stride(0),
-        NORM_BEFORE_GATE=norm_before_gate, ALIGN=align, BLOCK=block, num_warps=warps)
+        weight.stride(0), 0 if bias is None else bias.stride(0))
+    if align > 0:
+        kind = (x.device, norm_before_gate, *(None if t is None else t.dtype for t in (x, weight, bias, z)))
+        compile_side_by_side(_gated_rmsnorm_kernel, kind, arguments,
+                             [{"ALIGN": a, **block} for a in (1, 8) for block in (narrow, wide)],
+                             NORM_BEFORE_GATE=norm_before_gate)
+    _gated_rmsnorm_kernel[(x.shape[0] * len(segments),)](
+        *arguments, NORM_BEFORE_GATE=norm_before_gate, ALIGN=align, **(narrow if max(segments) <= 512 else wide))
     return y

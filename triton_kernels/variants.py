@@ -16,9 +16,9 @@ _known: set[Hashable] = set()
 def compile_side_by_side(kernel: Any, kind: Hashable, arguments: tuple, variants: Iterable[dict[str, Any]],
                          **options: Any) -> None:
     """Compile the variants of a kernel for such arguments, once for each kind of them."""
-    if kind in _known:
+    if (kernel, kind) in _known:
         return
-    _known.add(kind)
+    _known.add((kernel, kind))
     with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
         for variant in variants:
             kernel.warmup(*arguments, grid=(1,), **variant, **options)
