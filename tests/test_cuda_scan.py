@@ -213,7 +213,7 @@ def test_many_channels_are_views_amid_others_off_the_grid(start, length):
     assert_writes_nothing_else(case, wide[:, 7:], start)         # its row 8 lies as row 0 of u does
 
 
-# Every second row of y lies 8 elements behind a place where the one row of u could not begin.
+# Every second row of y begins within a sector of memory, the only row of u with one: what lies before it is not there.
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
 def test_many_channels_share_a_row(name):
     case = inputs(2, 9001, 264, 7, torch.bfloat16)

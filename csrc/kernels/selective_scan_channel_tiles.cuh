@@ -290,8 +290,8 @@ private:
     __device__ __forceinline__ static Words whole(const Input *from) {
         Words words;
         if constexpr (Rows::kOnGrid) {
-            const uint4 at = *reinterpret_cast<const uint4 *>(from);
-            words.word[0] = at.x, words.word[1] = at.y, words.word[2] = at.z, words.word[3] = at.w;
+            const Piece<Input> piece = read_whole_piece(from);
+            memcpy(words.word, piece.word, sizeof(words));
         } else {
             const int within = within_word(from);
             const uint32_t *const at = reinterpret_cast<const uint32_t *>(from - within);

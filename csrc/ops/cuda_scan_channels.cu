@@ -61,7 +61,7 @@ void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, int32_t de
 
 template <typename Input>
 void launch_scan_channels(const SelectiveScanParams &p, bool on_grid, int32_t device, cudaStream_t stream) {
-    // Not where one of few states would be a second lane's alone: the other has a slot that nothing fills.
+    // An odd number of states leaves one of the second lane's empty, which is much where they are few.
     constexpr int kFewStates = 8;
     const bool halves = !on_grid || p.dstate % 2 == 0 || p.dstate > kFewStates;
     const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(device), on_grid ? 1 : 16, halves);
