@@ -391,7 +391,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 if (warp & 1) weigh(std::integral_constant<int, 1>{});
                 else weigh(std::integral_constant<int, 0>{});
             }
-            fence_for_wgmma();
+            fence_for_copies();
 
             // h C^T: on its way while x is weighted, or, where registers are too few for both, a few states at a time.
             constexpr bool kAtOnce = kStates16 <= 8;
@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 store_transposed(shared_at + y_tile + y_offset + pair * 2048, pack<Input>(v[0], v[1]),
                                  pack<Input>(v[2], v[3]), pack<Input>(v[4], v[5]), pack<Input>(v[6], v[7]));
             }
-            fence_for_wgmma();                               // boxes are stored from there, or copied to it
+            fence_for_copies();                               // boxes are stored from there, or copied to it
             barrier_arrive_at<kYThere>();
             if constexpr (kEarly) {                          // of the next chunk, or of whatever is there
                 if (left > 1) barrier_wait(states_there + (stage ^ 1) * 8, parity ^ stage);

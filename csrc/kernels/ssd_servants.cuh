@@ -159,7 +159,7 @@ __device__ __forceinline__ void store_pair(const SsdParams &p, const SsdPairRows
         first = {joined(0, given.x, own.x), joined(1, given.y, own.y), joined(2, given.z, own.z),
                  joined(3, given.w, own.w)};
     }
-    fence_for_wgmma();                                       // the copy engine reads it
+    fence_for_copies();                                       // the copy engine reads it
     asm volatile("bar.sync 4, 64;" ::: "memory");
     if (thread == 0) {
         if (rank == 0) send_bytes(shared_at + Shared::kGiven + place * kGivenBytes, kGivenBytes, barrier, 1);

@@ -12,38 +12,18 @@
 #include "kernels/ssd_pieces.cuh"
 #include "ops/cuda_arguments.h"
 #include "ops/cuda_launch.h"
+#include "ops/cuda_tensor_map.h"
 
 namespace shedder {
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-inline Encode encode_function() {
-    static const Encode function = [] {
-        void *found = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        return reinterpret_cast<Encode>(found);
-    }();
-    STD_TORCH_CHECK(function != nullptr, "shedder_cuda::ssd: the CUDA driver has no cuTensorMapEncodeTiled");
-    return function;
-}
-
-inline CUtensorMap tensor_map(const char *name, ScalarType dtype, uint64_t address, int dimensions,
-                              const uint64_t *sizes, const uint64_t *strides, const uint32_t *box) {
-    const uint32_t steps[4] = {1, 1, 1, 1};
-    CUtensorMap map;
-    const CUresult result = encode_function()(
-        &map,
-        dtype == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, dimensions,
-        reinterpret_cast<void *>(address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        box[0] >= 16 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    STD_TORCH_CHECK(result == CUDA_SUCCESS, "shedder_cuda::ssd: the CUDA driver makes no tensor map of ", name,
-                    " (error ", static_cast<int>(result), ")");
-    return map;
-}
-
 inline uint64_t address_of(const Tensor &t) { return reinterpret_cast<uint64_t>(t.const_data_ptr()); }
+
+// Boxes at least 16 columns wide lie in shared memory in the swizzle of wgmma's operands.
+inline CUtensorMap ssd_map(const char *name, uint64_t address, int dimensions, const uint64_t *sizes,
+                           const uint64_t *strides, const uint32_t *box) {
+    return tensor_map("ssd", name, address, dimensions, sizes, strides, box,
+                      box[0] >= 16 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE);
+}
 
 // Whether all rows of (batch, time, head or group, element) start at multiples of so many bytes.
 inline bool is_aligned(const Tensor &t, uint64_t bytes) {
@@ -54,15 +34,14 @@ inline bool is_aligned(const Tensor &t, uint64_t bytes) {
 }
 
 // The map of C or B: boxes of the rows that one of `cluster` CTAs brings.
-inline CUtensorMap states_map(const char *name, ScalarType dtype, uint64_t address, int cluster, int64_t batch,
-                              int64_t rows, int64_t groups, int64_t dstate, int64_t of_batch, int64_t of_row,
-                              int64_t of_group) {
+inline CUtensorMap states_map(const char *name, uint64_t address, int cluster, int64_t batch, int64_t rows,
+                              int64_t groups, int64_t dstate, int64_t of_batch, int64_t of_row, int64_t of_group) {
     auto stride = [](int64_t size, int64_t elements) { return size > 1 ? static_cast<uint64_t>(elements) * 2 : 16; };
     const uint64_t sizes[4] = {static_cast<uint64_t>(dstate), static_cast<uint64_t>(rows),
                                static_cast<uint64_t>(groups), static_cast<uint64_t>(batch)};
     const uint64_t strides[3] = {stride(rows, of_row), stride(groups, of_group), stride(batch, of_batch)};
     const uint32_t box[4] = {64, static_cast<uint32_t>(kChunk / cluster), 1, 1};
-    return tensor_map(name, dtype, address, 4, sizes, strides, box);
+    return ssd_map(name, address, 4, sizes, strides, box);
 }
 
 // Copies by ssd_align of tensors (batch, time, group or head, element) of the same shape, one behind another.
@@ -133,10 +112,10 @@ inline std::optional<AlignedCopies> make_states_maps(SsdParams &p, const Tensor 
     auto map = [&](const char *name, const Tensor &t) {
         const auto copy = std::find(unfit.begin(), unfit.end(), &t);
         if (copy == unfit.end())
-            return states_map(name, t.scalar_type(), address_of(t), p.cluster, batch, length, groups, p.dstate,
-                              t.stride(0), t.stride(1), t.stride(2));
-        return states_map(name, t.scalar_type(), copies->address(static_cast<int>(copy - unfit.begin())), p.cluster,
-                          batch, copies->rows, groups, columns, copies->of_batch, copies->of_time, copies->of_group);
+            return states_map(name, address_of(t), p.cluster, batch, length, groups, p.dstate, t.stride(0), t.stride(1),
+                              t.stride(2));
+        return states_map(name, copies->address(static_cast<int>(copy - unfit.begin())), p.cluster, batch, copies->rows,
+                          groups, columns, copies->of_batch, copies->of_time, copies->of_group);
     };
     p.C = map("C", C);
     p.B = map("B", B);
@@ -144,8 +123,8 @@ inline std::optional<AlignedCopies> make_states_maps(SsdParams &p, const Tensor 
 }
 
 // The maps of x or z. The last column of the last row is the tensor's last element: nothing behind it is read.
-inline SsdOperand channels_map(const char *name, ScalarType dtype, uint64_t address, int64_t batch, int64_t rows,
-                               int64_t heads, int64_t width, int64_t of_batch, int64_t of_time, int64_t of_head) {
+inline SsdOperand channels_map(const char *name, uint64_t address, int64_t batch, int64_t rows, int64_t heads,
+                               int64_t width, int64_t of_batch, int64_t of_time, int64_t of_head) {
     if (batch == 1) of_batch = 0;
     if (heads == 1) of_head = 0;
     if (rows == 1) of_time = 8;
@@ -159,8 +138,8 @@ inline SsdOperand channels_map(const char *name, ScalarType dtype, uint64_t addr
                                  by_batch && of_batch > 0 ? static_cast<uint64_t>(of_batch) * 2 : 16};
     const uint32_t box[3] = {64, kChunk, 1}, rest[3] = {8, kChunk, 1};
     SsdOperand o{};
-    o.map = tensor_map(name, dtype, address - first * 2, 3, sizes, strides, box);
-    o.rest = tensor_map(name, dtype, address - first * 2, 3, sizes, strides, rest);
+    o.map = ssd_map(name, address - first * 2, 3, sizes, strides, box);
+    o.rest = ssd_map(name, address - first * 2, 3, sizes, strides, rest);
     o.first = static_cast<int>(first);
     o.head = static_cast<int>(of_head);
     o.batch = by_batch ? 0 : static_cast<int>(of_batch);
@@ -177,8 +156,8 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
     if (fits(x)
         && (!z || (fits(*z) && lie_alike(x.const_data_ptr(), z->const_data_ptr(), 2, {difference(0), difference(2)})))) {
         auto map = [&](const char *name, const Tensor &t) {
-            return channels_map(name, t.scalar_type(), address_of(t), batch, t.size(1), heads, t.size(3), t.stride(0),
-                                t.stride(1), t.stride(2));
+            return channels_map(name, address_of(t), batch, t.size(1), heads, t.size(3), t.stride(0), t.stride(1),
+                                t.stride(2));
         };
         p.x = map("x", x);
         if (z) p.z = map("z", *z);
@@ -189,8 +168,8 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
     if (z) given.push_back(&*z);
     const AlignedCopies copies = copy_aligned(given, columns, false, nullptr, 0, stream);
     auto map = [&](const char *name, int copy) {
-        return channels_map(name, x.scalar_type(), copies.address(copy), batch, copies.rows, heads, columns,
-                            copies.of_batch, copies.of_time, copies.of_group);
+        return channels_map(name, copies.address(copy), batch, copies.rows, heads, columns, copies.of_batch,
+                            copies.of_time, copies.of_group);
     };
     p.x = map("x", 0);
     if (z) p.z = map("z", 1);
@@ -208,7 +187,7 @@ inline void make_y_maps(SsdParams &p, const Tensor &y) {
                                    static_cast<uint64_t>(y.size(0))};
         const uint64_t strides[3] = {columns * 2, token * 2, sizes[2] * token * 2};
         const uint32_t box[4] = {static_cast<uint32_t>(of_box), 1, kChunk, 1};
-        return tensor_map("y", y.scalar_type(), address_of(y), 4, sizes, strides, box);
+        return ssd_map("y", address_of(y), 4, sizes, strides, box);
     };
     if (headdim % 8 == 0 && (heads == 1 || p.x.head % 8 == 0)) {
         p.y_boxes = SsdBoxesOfY::kHeads;
