@@ -52,9 +52,9 @@ def known(family: str, reason: str) -> object:
     return pytest.param(family, marks=pytest.mark.xfail(reason=reason, strict=False))
 
 
-FAMILIES = ["selective_scan_fwd", "selective_scan_tiled", "selective_scan_channels", "gated_rmsnorm", "state_update",
-            "ssd_fwd", "ssd_align", "ssd_mma", "selective_scan_complex", "causal_conv1d", "removed_ssm", "step_mixer",
-            "mamba_inner_step"]
+FAMILIES = ["selective_scan_fwd", "selective_scan_tiled", "selective_scan_channels", "selective_scan_state_words",
+            "gated_rmsnorm", "state_update", "ssd_fwd", "ssd_align", "ssd_mma", "selective_scan_complex", "causal_conv1d",
+            "removed_ssm", "step_mixer", "mamba_inner_step"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,8 +87,9 @@ def test_products_are_done_by_the_tensor_core(opcodes, family, opcode):
 def test_the_scan_reads_and_writes_rows_on_the_grid_16_bytes_at_a_time(opcodes):
     _assert_all_have(opcodes, "selective_scan_tiled", "LDG.E.128")
     _assert_all_have(opcodes, "selective_scan_tiled", "STG.E.128")
-    _assert_all_have(opcodes, "selective_scan_channels", "LDGSTS.E.BYPASS")    # 16 bytes into shared memory
+    _assert_all_have(opcodes, "selective_scan_channels", "UTMALDG")
     _assert_all_have(opcodes, "selective_scan_channels", "STG.E.128")
+    _assert_all_have(opcodes, "selective_scan_state_words", "STG.E.128")
 
 
 def test_ssd_copies_and_stores_whole_pieces(opcodes):

@@ -213,6 +213,17 @@ def test_many_channels_are_views_amid_others_off_the_grid(start, length):
     assert_writes_nothing_else(case, wide[:, 7:], start)         # its row 8 lies as row 0 of u does
 
 
+# Batch entries a number of rows apart, and not.
+@pytest.mark.parametrize("gap", [8 * 101, 8])
+@pytest.mark.parametrize("length", [101, 104])
+def test_many_channels_of_batch_entries_apart(length, gap):
+    case = inputs(3, 5633, length, 7, torch.bfloat16)
+    for name in ("u", "delta", "z"):
+        around = torch.full((3, 5633 * length + gap), torch.nan, dtype=torch.bfloat16, device="cuda")
+        case[name] = around[:, :5633 * length].view(case[name].shape).copy_(case[name])
+    assert_matches(case)
+
+
 # Every second row of y begins within a sector of memory, the only row of u with one: what lies before it is not there.
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
 def test_many_channels_share_a_row(name):

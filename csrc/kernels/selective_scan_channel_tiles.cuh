@@ -6,14 +6,16 @@
 #include <type_traits>
 
 #include "kernels/copy_async.cuh"
+#include "kernels/copy_engine.cuh"
 #include "kernels/selective_scan_fwd.cuh"
 #include "kernels/selective_scan_rows.cuh"
+#include "kernels/selective_scan_state_words.cuh"
 
 namespace shedder {
 
 // kOnGrid_: all rows begin with a piece of memory. Else those of u, delta, z and y of a channel lie alike, and the
 // channels of a warp are sixteen apart, so that its rows of y begin at the same place of a sector of 16 elements. They
-// are taken to begin with the sector, `skew` steps earlier. Pieces of B and C begin anywhere.
+// are taken to begin with the sector, `skew` steps earlier.
 template <typename Input_, int kStates_, int kLanes_, bool kOnGrid_>
 struct ScanRows {
     using Input = Input_;
@@ -22,11 +24,10 @@ struct ScanRows {
     static_assert(sizeof(Input) == 2 && (kLanes == 1 || kLanes == 2 || kLanes == 4));
     static constexpr int kChannels = 32 / kLanes, kApart = kOnGrid ? 1 : 16;
     // Of a tile; 32 where 64 take so much shared memory that a multiprocessor has room for fewer warps.
-    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > 6) ? 32 : 64;
+    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > 5) ? 32 : 64;
     static constexpr int kSlots = kStates * kLanes;          // states there is room for
     static constexpr int kRowPieces = kSteps / kPieceSteps;
     static constexpr int kRow = 16 * kRowPieces, kTile = kChannels * kRow;   // bytes: of a row, a tensor's tile
-    static constexpr int kCopies = kRowPieces / kLanes;      // of a lane, for a tile of a tensor
     static constexpr int kOwn = kPieceSteps / kLanes;        // steps of a piece whose channel-only work a lane does
     // Words of B and C: those of a step neighbours, pieces padded to other banks.
     static constexpr int kBlockSteps = kStates % 2 == 0 ? 1 : 2;             // that a lane reads at a time
@@ -34,52 +35,69 @@ struct ScanRows {
     static constexpr int kBCPiece = kPieceSteps * kSlots * 2 + (kRowPieces == 4 ? 8 : 4);
     static constexpr int kBCTile = kRowPieces * kBCPiece;
     static constexpr int kBCPieces = (kSlots * kRowPieces + 31) / 32;        // that a lane brings
-    static constexpr int kStages = 2, kSharedBytes = kStages * 3 * kTile + 4 * kBCTile;
+    static constexpr int kStages = 2, kBarrierBytes = 8 * kStages;
+    static constexpr int kSharedBytes = kStages * 3 * kTile + kBarrierBytes + 4 * kBCTile;
 
-    // Byte of a tile at which piece `piece` of row `row` lies: neighbouring rows on different banks.
+    // Float of the tile of B and C at which those of a state at a step lie.
+    static __device__ constexpr int word_of(int step, int n) {
+        const int k = step % kPieceSteps;
+        return step / kPieceSteps * kBCPiece + k / kBlockSteps * kBlock * kLanes + n / kStates * kBlock
+            + k % kBlockSteps * kStates * 2 + n % kStates * 2;
+    }
+    // Byte of a tile at which piece `piece` of row `row` lies: neighbouring rows on different banks, in the copy engine's
+    // swizzle of as many bytes as a row has.
     static __device__ int at(int row, int piece) {
         return row * kRow + (piece ^ (kRowPieces == 4 ? row >> 1 & 3 : row & 7)) * 16;
     }
 };
 
-// The rows of a warp's channels. A lane copies pieces of some rows, and walks along a row of its own or a share of one.
+// Tensors whose rows a warp brings, in the order of its tiles.
+enum ScanTensor : int { kU, kDelta, kZ, kScanTensors };
+
+// The maps through which the copy engine brings them, for warps of 32, 16 and 8 channels. On the grid a map has the axes
+// (step, channel, batch). Off it all rows of a tensor are counted through, and every sixteenth from the r-th on, from the
+// piece in which it begins, are the (step, row / 16) of a map of their own, [r].
+template <bool kOnGrid>
+struct ScanMaps {
+    CUtensorMap of[3][kScanTensors][kOnGrid ? 1 : 16];
+    int rows_of_batch[kScanTensors];                         // off the grid: rows from a batch entry to the next
+};
+
+// The rows of a warp's channels. The copy engine brings them, one box for a tile of a tensor; a lane walks along a row of
+// its own or a share of one, and stores pieces of some.
 template <typename Rows>
 struct ScanChannelRows {
     using Input = typename Rows::Input;
     static constexpr int kLanes = Rows::kLanes, kSteps = Rows::kSteps, kOwn = Rows::kOwn, kApart = Rows::kApart;
-    static constexpr int kCopiedRows = 32 / Rows::kRowPieces;                // between rows that a lane copies
     // The steps of a piece that belong to a lane, as they lie in memory.
     using Own = std::conditional_t<kLanes == 1, uint4, std::conditional_t<kLanes == 2, uint2, uint32_t>>;
 
     const SelectiveScanParams &p;
-    char *const tiles;                                       // [stage][u, delta, z][kTile]
-    const int first_channel, last;                           // of the warp; of all
-    const int row, column, copied_row, copied_piece;
-    const int behind;                                        // channels behind the first that this lane copies
+    const ScanMaps<Rows::kOnGrid> &maps;
+    char *const tiles;                                       // [stage][u, delta, z][kTile], then a barrier for each stage
+    const int b, first_channel;
+    const int row, column, stored_row, stored_piece;
     const int64_t channel;                                   // of this lane; the last one where it has none
     const int skew;                                          // steps before the rows
-    const Input *u_at, *delta_at, *z_at;
-    Input *y_at;
+    Input *y_at;                                             // in the next tile, the first piece that this lane stores
 
-    __device__ __forceinline__ ScanChannelRows(const SelectiveScanParams &p, int64_t b, int first_channel, char *tiles)
-        : p(p), tiles(tiles), first_channel(first_channel), last(p.channels - 1),
-          row(threadIdx.x % 32 / kLanes), column(threadIdx.x % 32 % kLanes),
-          copied_row(threadIdx.x % 32 / Rows::kRowPieces), copied_piece(threadIdx.x % 32 % Rows::kRowPieces),
-          behind(last - first_channel - copied_row * kApart), channel(min(first_channel + row * kApart, last)),
-          skew(Rows::kOnGrid ? 0 : within_sector(static_cast<const Input *>(p.y) + b * p.y_strides.batch
-                                                 + first_channel * p.y_strides.channel)) {
-        const auto first_of = [&](const void *tensor, const Strides3 &s) {
-            return static_cast<const Input *>(tensor) + b * s.batch + (first_channel + copied_row * kApart) * s.channel
-                + copied_piece * kPieceSteps - skew;
-        };
-        u_at = first_of(p.u, p.u_strides);
-        delta_at = first_of(p.delta, p.delta_strides);
-        z_at = first_of(p.z, p.z_strides);
-        y_at = const_cast<Input *>(first_of(p.y, p.y_strides));
+    __device__ __forceinline__ ScanChannelRows(const SelectiveScanParams &p, const ScanMaps<Rows::kOnGrid> &maps, int b,
+                                               int first_channel, char *tiles)
+        : p(p), maps(maps), tiles(tiles), b(b), first_channel(first_channel), row(threadIdx.x % 32 / kLanes),
+          column(threadIdx.x % 32 % kLanes), stored_row(threadIdx.x % 32 / Rows::kRowPieces),
+          stored_piece(threadIdx.x % 32 % Rows::kRowPieces), channel(min(first_channel + row * kApart, p.channels - 1)),
+          skew(Rows::kOnGrid ? 0 : within_sector(y_row(first_channel))),
+          y_at(y_row(first_channel + stored_row * kApart) + stored_piece * kPieceSteps - skew) {
+        if (threadIdx.x % 32 == 0) {
+            for (int tensor = kU; tensor < kScanTensors; ++tensor) prefetch_map(map_of(tensor));
+            for (int tile = 0; tile < Rows::kStages; ++tile) barrier_init(barrier(tile), 1);
+            barriers_are_there();
+        }
+        __syncwarp();
     }
 
     // The lines in which the rows of this lane's channel begin, on their way to L2.
-    __device__ __forceinline__ void ask(int64_t b) const {
+    __device__ __forceinline__ void ask() const {
         const auto ask_for = [&](const void *tensor, const Strides3 &s) {
             prefetch_line(static_cast<const Input *>(tensor) + b * s.batch + channel * s.channel);
         };
@@ -89,53 +107,22 @@ struct ScanChannelRows {
     }
 
     __device__ int length() const { return p.length + skew; }
-    // Of the rows that this lane copies, `behind` channels behind the first: whether the i-th exists.
-    __device__ static bool copies_row(int i, int behind) { return i * kCopiedRows * kApart <= behind; }
-    __device__ char *tile_of(int stage, int tensor) const { return tiles + (stage * 3 + tensor) * Rows::kTile; }
     // Of this lane's steps of u.
-    __device__ __forceinline__ char *place_of(int stage, int piece) const {
-        return tile_of(stage, 0) + Rows::at(row, piece) + column * kOwn * 2;
+    __device__ __forceinline__ char *place_of(int tile, int piece) const {
+        return tile_of(tile, kU) + Rows::at(row, piece) + column * kOwn * 2;
     }
 
-    // use(its row is this lane's i-th, where its piece lies) for each piece that a lane moves.
-    template <int kUnrolled = Rows::kCopies, typename At, typename Use>
-    __device__ __forceinline__ void each_piece(At *at, int64_t pitch, Use use) const {
-#pragma unroll kUnrolled
-        for (int i = 0; i < Rows::kCopies; ++i) use(i, at + i * kCopiedRows * kApart * pitch);
+    // A tile on its way. Anything for rows not there, and for steps before and behind the rows.
+    __device__ __forceinline__ void bring(int tile) const {
+        if (threadIdx.x % 32 != 0) return;
+        barrier_arrive_expecting(barrier(tile), (p.z == nullptr ? 2 : 3) * Rows::kTile);
+        copy(kU, tile);
+        copy(kDelta, tile);
+        if (p.z != nullptr) copy(kZ, tile);
     }
-
-    // The same of the rows that exist. On the grid without predicates where all do: those took 8 % of the time at 4
-    // states.
-    template <typename At, typename Use>
-    __device__ __forceinline__ void each_existing_piece(At *at, int behind, int64_t pitch, Use use) const {
-        if (Rows::kOnGrid && copies_row(Rows::kCopies - 1, behind))
-            each_piece(at, pitch, use);
-        else
-            each_piece(at, pitch, [&](int i, At *at) { if (copies_row(i, behind)) use(i, at); });
-    }
-
-    // The next tile, of which `left` steps exist, on its way. Zeros for steps not there; anything for rows, and for
-    // steps before them, of whose pieces none is read that might lie before a tensor.
-    __device__ __forceinline__ void copy(int left, int stage) {
-        const bool begun = Rows::kOnGrid || p.length - left + (copied_piece + 1) * kPieceSteps > 0;
-        const int rows = begun ? behind : -1;
-        if (left >= kSteps) {
-            copy_whole(tile_of(stage, 0), u_at, rows, p.u_strides.channel);
-            copy_whole(tile_of(stage, 1), delta_at, rows, p.delta_strides.channel);
-            if (p.z != nullptr) copy_whole(tile_of(stage, 2), z_at, rows, p.z_strides.channel);
-        } else {
-#pragma unroll 1
-            for (int tensor = 0; tensor < 2 + (p.z != nullptr); ++tensor) {
-                const auto one_of = [&](auto u, auto delta, auto z) {
-                    return tensor == 0 ? u : tensor == 1 ? delta : z;
-                };
-                copy_part(tile_of(stage, tensor), one_of(u_at, delta_at, z_at), rows, left,
-                          static_cast<const Input *>(one_of(p.u, p.delta, p.z)),
-                          *one_of(&p.u_strides, &p.delta_strides, &p.z_strides));
-            }
-        }
-        u_at += kSteps, delta_at += kSteps, z_at += kSteps;
-        copies_committed();
+    __device__ __forceinline__ void wait_for(int tile) const {
+        barrier_wait(barrier(tile), tile / Rows::kStages % 2);
+        __syncwarp();
     }
 
     __device__ __forceinline__ static Own take(const char *from) { return *reinterpret_cast<const Own *>(from); }
@@ -154,176 +141,170 @@ struct ScanChannelRows {
         *reinterpret_cast<Own *>(at) = *reinterpret_cast<const Own *>(out);
     }
 
-    // A tile of y to memory; `left` steps were left before it.
-    __device__ __forceinline__ void store(int left, int stage, bool is_first) {
-        char *const y_tile = tile_of(stage, 2);
+    // A tile of y to memory.
+    __device__ __forceinline__ void store(int tile) {
+        const char *const y_tile = tile_of(tile, kZ);
+        const int start = tile * kSteps, left = length() - start;
+        fence_for_copies();                                  // of z to the same place
         __syncwarp();
-        const auto piece_of = [&](int i) {
-            return *reinterpret_cast<const uint4 *>(y_tile + Rows::at(copied_row + i * kCopiedRows, copied_piece));
+        const auto exists = [&](int row) { return first_channel + row * kApart < p.channels; };
+        const auto store_whole = [](Input *to, const char *from) {
+            *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
         };
-        const int before = is_first ? skew : 0;              // steps before the rows
-        if (left >= kSteps && before == 0) {
-            each_existing_piece(y_at, behind, p.y_strides.channel,
-                            [&](int i, Input *to) { *reinterpret_cast<uint4 *>(to) = piece_of(i); });
+        const bool all_steps = left >= kSteps && start >= skew;
+        if (all_steps && exists(Rows::kChannels - 1)) {
+            each_piece(y_tile, [&](int, Input *to, const char *from) { store_whole(to, from); });
+        } else if (all_steps) {
+            each_piece(y_tile, [&](int row, Input *to, const char *from) { if (exists(row)) store_whole(to, from); });
         } else {
-            each_piece(y_at, p.y_strides.channel, [&](int i, Input *to) {
-                const uint4 out = piece_of(i);
-                const int end = copies_row(i, behind) ? left : 0;
-#pragma unroll
-                for (int k = 0; k < kPieceSteps; ++k)
-                    if (before <= copied_piece * kPieceSteps + k && copied_piece * kPieceSteps + k < end)
-                        to[k] = reinterpret_cast<const Input *>(&out)[k];
+            const int step = stored_piece * kPieceSteps, first = max(skew - start - step, 0);
+            each_piece<1>(y_tile, [&](int row, Input *to, const char *from) {
+                const int end = exists(row) ? min(left - step, kPieceSteps) : 0;
+                if (first == 0 && end == kPieceSteps) return store_whole(to, from);
+#pragma unroll 1
+                for (int k = first; k < end; ++k) to[k] = reinterpret_cast<const Input *>(from)[k];
             });
         }
         y_at += kSteps;
     }
 
 private:
+    __device__ char *tile_of(int tile, int tensor) const {
+        return tiles + (tile % Rows::kStages * 3 + tensor) * Rows::kTile;
+    }
+    __device__ uint32_t barrier(int tile) const {
+        return shared_address(tiles) + Rows::kStages * 3 * Rows::kTile + tile % Rows::kStages * 8;
+    }
+    __device__ Input *y_row(int channel) const {
+        return static_cast<Input *>(p.y) + b * p.y_strides.batch + channel * p.y_strides.channel;
+    }
     // Elements between the start of a sector and `at`.
     __device__ __forceinline__ static int within_sector(const Input *at) {
         return static_cast<int>(reinterpret_cast<uintptr_t>(at) / sizeof(Input) % 16);
     }
 
-    __device__ __forceinline__ void copy_whole(char *to, const Input *from, int rows, int64_t pitch) const {
-        each_existing_piece(from, rows, pitch, [&](int i, const Input *at) {
-            copy_async_line(to + Rows::at(copied_row + i * kCopiedRows, copied_piece), at);
-        });
+    // Of a tensor's rows, counted through.
+    __device__ __forceinline__ int first_row(int tensor) const { return b * maps.rows_of_batch[tensor] + first_channel; }
+    __device__ __forceinline__ const CUtensorMap *map_of(int tensor) const {
+        return &maps.of[kLanes / 2][tensor][Rows::kOnGrid ? 0 : first_row(tensor) % kApart];
+    }
+    __device__ __forceinline__ void copy(int tensor, int tile) const {
+        const uint32_t to = shared_address(tile_of(tile, tensor));
+        const int step = tile * kSteps - skew / kPieceSteps * kPieceSteps;
+        if constexpr (Rows::kOnGrid) copy_box(to, map_of(tensor), step, first_channel, b, barrier(tile));
+        else copy_box(to, map_of(tensor), step, first_row(tensor) / kApart, 0, barrier(tile));
     }
 
-    __device__ __forceinline__ void copy_part(char *to, const Input *from, int rows, int left, const Input *tensor,
-                                              const Strides3 &s) const {
-        const auto part = [&](int i, auto copy) {
-            const int there = copies_row(i, rows) ? left - copied_piece * kPieceSteps : 0;
-            copy(to + Rows::at(copied_row + i * kCopiedRows, copied_piece), min(max(there, 0), kPieceSteps) * 2);
-        };
-        const Input *const end = tensor + (p.batch - 1) * s.batch + last * s.channel + p.length;
-        const Input *const furthest = from + (Rows::kCopies - 1) * kCopiedRows * kApart * s.channel + kPieceSteps;
-        if (!Rows::kOnGrid && __any_sync(0xffffffffu, furthest > end))       // of few warps: a loop, since it is long
-            each_piece<1>(from, s.channel, [&](int i, const Input *at) {
-                part(i, [&](char *to, int bytes) { copy_async_part(to, at, bytes, end); });
-            });
-        else
-            each_piece(from, s.channel, [&](int i, const Input *at) {
-                part(i, [&](char *to, int bytes) { copy_async_part(to, at, bytes); });
-            });
+    // use(row, in memory, in the tile) for each piece of y that a lane stores.
+    template <int kUnrolled = 4, typename Use>
+    __device__ __forceinline__ void each_piece(const char *y_tile, Use use) const {
+        constexpr int kRowsAtOnce = 32 / Rows::kRowPieces;
+#pragma unroll kUnrolled
+        for (int i = 0; i < Rows::kChannels / kRowsAtOnce; ++i) {
+            const int row = stored_row + i * kRowsAtOnce;
+            use(row, y_at + i * kRowsAtOnce * kApart * p.y_strides.channel, y_tile + Rows::at(row, stored_piece));
+        }
     }
 };
 
-// The first `count` of elements of 16 bits become 0.
+// Zeros for the elements of 16 bits that do not lie in [first, end).
 template <int kWords>
-__device__ __forceinline__ void clear_first(uint32_t (&words)[kWords], int count) {
+__device__ __forceinline__ void keep_elements(uint32_t (&words)[kWords], int first, int end) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i)
-        words[i] = count >= 2 * i + 2 ? 0u : count == 2 * i + 1 ? words[i] & 0xffff0000u : words[i];
+    for (int i = 0; i < kWords; ++i) {
+        const bool low = first <= 2 * i && 2 * i < end, high = first <= 2 * i + 1 && 2 * i + 1 < end;
+        words[i] &= (low ? 0xffffu : 0u) | (high ? 0xffff0000u : 0u);
+    }
 }
 
-// The rows of B and C: a lane brings pieces of some, which wait in its registers, as the words of memory that they lie
-// in, until the tile may hold them as floats. Steps count from `skew` before the rows.
+// B and C of a tile: a lane brings some of them, which wait in its registers, as they lie in memory, until the tile may
+// hold them as floats. On the grid it brings pieces of their rows.
 template <typename Rows>
 struct ScanStateRows {
     using Input = typename Rows::Input;
-    struct Words {
-        uint32_t word[kPieceSteps / 2 + !Rows::kOnGrid];     // off the grid a piece may begin within a word
-    };
+    using Kept = Piece<Input>;
 
     const SelectiveScanParams &p;
-    const int skew;
     const Input *const B_row, *const C_row;                  // of state 0, at step 0
     float *const tile;
     const int lane = threadIdx.x % 32;
-    Words B[Rows::kBCPieces], C[Rows::kBCPieces];
+    Kept B[Rows::kBCPieces], C[Rows::kBCPieces];
 
-    __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, int64_t b, int skew, float *tile)
-        : p(p), skew(skew),
-          B_row(static_cast<const Input *>(p.B) + b * p.B_strides.batch - skew),
-          C_row(static_cast<const Input *>(p.C) + b * p.C_strides.batch - skew), tile(tile) {}
-
-    __device__ int2 place_of(int i) const {                  // of this lane's i-th piece: state, first step of the tile
-        const int index = lane + 32 * i;
-        return make_int2(index / Rows::kRowPieces, index % Rows::kRowPieces * kPieceSteps);
+    __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, const uint32_t *, int b, int, float *tile)
+        : p(p), B_row(static_cast<const Input *>(p.B) + b * p.B_strides.batch),
+          C_row(static_cast<const Input *>(p.C) + b * p.C_strides.batch), tile(tile) {
+        if (p.dstate != Rows::kSlots)                        // zeros for states not there
+            for (int i = lane; i < Rows::kBCTile; i += 32) tile[i] = 0.f;
     }
 
     // The steps from `start` on, on their way. Zeros for steps not there.
     __device__ __forceinline__ void read(int start) {
         const auto all = [&](auto read_one) {
-#pragma unroll
-            for (int i = 0; i < Rows::kBCPieces; ++i) {
-                const int2 place = place_of(i);
-                if (place.x >= p.dstate) continue;
-                B[i] = read_one(B_row + place.x * p.B_strides.state + start + place.y, start + place.y);
-                C[i] = read_one(C_row + place.x * p.C_strides.state + start + place.y, start + place.y);
-            }
+            each_piece([&](int i, int n, int step) {
+                B[i] = read_one(B_row + n * p.B_strides.state + start + step, p.length - start - step);
+                C[i] = read_one(C_row + n * p.C_strides.state + start + step, p.length - start - step);
+            });
         };
-        // The last word may hold one step more.
-        if (start >= skew && p.length + skew - start >= Rows::kSteps + !Rows::kOnGrid)
-            all([](const Input *from, int) { return whole(from); });
+        if (p.length - start >= Rows::kSteps)
+            all([](const Input *from, int) { return read_whole_piece(from); });
         else
-            all([&](const Input *from, int t) { return part(from, t - skew); });
+            all([](const Input *from, int left) { return read_piece(from, 1, left, Access::kVector); });
     }
 
     // What `read` has brought, as floats in the tile.
     __device__ __forceinline__ void put() const {
-#pragma unroll
-        for (int i = 0; i < Rows::kBCPieces; ++i) {
-            const int2 place = place_of(i);
-            const int n = place.x;
-            if (n >= p.dstate) continue;
-            float *const to = tile + place.y / kPieceSteps * Rows::kBCPiece + n / Rows::kStates * Rows::kBlock
-                + n % Rows::kStates * 2;
-            const Piece<Input> b = steps_of(B[i], B_row + n * p.B_strides.state);
-            const Piece<Input> c = steps_of(C[i], C_row + n * p.C_strides.state);
+        each_piece([&](int i, int n, int step) {
+            float *const to = tile + Rows::word_of(step, n);
 #pragma unroll
             for (int k = 0; k < kPieceSteps; ++k)
-                *reinterpret_cast<float2 *>(to + k / Rows::kBlockSteps * Rows::kBlock * Rows::kLanes
-                                            + k % Rows::kBlockSteps * Rows::kStates * 2) =
-                    make_float2(b.get(k), c.get(k));
-        }
+                *reinterpret_cast<float2 *>(to + Rows::word_of(k, 0)) = make_float2(B[i].get(k), C[i].get(k));
+        });
     }
 
 private:
-    // Elements between the start of a word of memory and `at`.
-    __device__ __forceinline__ static int within_word(const Input *at) {
-        return Rows::kOnGrid ? 0 : static_cast<int>(reinterpret_cast<uintptr_t>(at) / 2 % 2);
-    }
-
-    // All 8 steps from `from` on exist.
-    __device__ __forceinline__ static Words whole(const Input *from) {
-        Words words;
-        if constexpr (Rows::kOnGrid) {
-            const Piece<Input> piece = read_whole_piece(from);
-            memcpy(words.word, piece.word, sizeof(words));
-        } else {
-            const int within = within_word(from);
-            const uint32_t *const at = reinterpret_cast<const uint32_t *>(from - within);
+    // use(i, state, first step of the tile) for this lane's pieces.
+    template <typename Use>
+    __device__ __forceinline__ void each_piece(Use use) const {
 #pragma unroll
-            for (int i = 0; i < kPieceSteps / 2; ++i) words.word[i] = at[i];
-            words.word[kPieceSteps / 2] = at[kPieceSteps / 2 - 1 + within];  // no word of which no step is asked for
+        for (int i = 0; i < Rows::kBCPieces; ++i) {
+            const int index = lane + 32 * i, n = index / Rows::kRowPieces;
+            if (n < p.dstate) use(i, n, index % Rows::kRowPieces * kPieceSteps);
         }
-        return words;
+    }
+};
+
+// Off the grid it brings words (B, C) of four states of some steps, as selective_scan_state_words leaves them. Steps count
+// from `skew` before the rows.
+template <typename Rows>
+struct ScanStateWords {
+    using Input = typename Rows::Input;
+    static constexpr int kPitch = scan_word_pitch(Rows::kSlots), kStepLanes = kPitch / 4, kStepsAtOnce = 32 / kStepLanes;
+
+    float *const tile;
+    const int first_state = threadIdx.x % kStepLanes * 4, first_step = threadIdx.x % 32 / kStepLanes;
+    const uint4 *const at;                                   // this lane's, of step 0
+    uint4 words[Rows::kSteps / kStepsAtOnce];
+
+    __device__ __forceinline__ ScanStateWords(const SelectiveScanParams &p, const uint32_t *words, int b, int skew,
+                                              float *tile)
+        : tile(tile), at(reinterpret_cast<const uint4 *>(
+              words + (scan_word_row(p.length, b) - skew + first_step) * kPitch + first_state)) {}
+
+    __device__ __forceinline__ void read(int start) {
+#pragma unroll
+        for (int i = 0; i < Rows::kSteps / kStepsAtOnce; ++i) words[i] = at[(start + i * kStepsAtOnce) * kStepLanes];
     }
 
-    // `from` is step t of the row, of which some of the 8 may not exist.
-    __device__ __forceinline__ Words part(const Input *from, int t) const {
-        Words words;
-        const int within = within_word(from);
-        const auto element = [&](int k) {
-            const int at = k - within;
-            return 0 <= t + at && t + at < p.length ? reinterpret_cast<const uint16_t *>(from)[at] : uint16_t{0};
-        };
+    __device__ __forceinline__ void put() const {
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(words)) / 4; ++i)
-            words.word[i] = element(2 * i) | static_cast<uint32_t>(element(2 * i + 1)) << 16;
-        return words;
-    }
-
-    __device__ __forceinline__ static Piece<Input> steps_of(const Words &words, const Input *row) {
-        Piece<Input> piece;
-        const int within = within_word(row);
+        for (int i = 0; i < Rows::kSteps / kStepsAtOnce; ++i) {
+            const uint32_t word[4] = {words[i].x, words[i].y, words[i].z, words[i].w};
 #pragma unroll
-        for (int i = 0; i < kPieceSteps / 2; ++i)
-            piece.word[i] = Rows::kOnGrid ? words.word[i]
-                                          : __funnelshift_r(words.word[i], words.word[i + !Rows::kOnGrid], within * 16);
-        return piece;
+            for (int k = 0; k < 4; ++k)
+                if (first_state + k < Rows::kSlots)
+                    *reinterpret_cast<float2 *>(tile + Rows::word_of(first_step + i * kStepsAtOnce, first_state + k)) =
+                        make_float2(Piece<Input>::low(word[k]), Piece<Input>::high(word[k]));
+        }
     }
 };
 

@@ -4,7 +4,7 @@
 // A lane owns a channel, or two or four neighbouring lanes share one, and walks along t with h in registers. No warp
 // waits for another: CTAs only see to it that all schedulers get as many. Where all warps run at once, a CTA fills a
 // multiprocessor, so that those of the scan that follows may come early and do not crowd on some.
-// Time goes by tiles: rows of u, delta and z enter shared memory by asynchronous copies while the tile before is walked
+// Time goes by tiles: the copy engine brings boxes of u, delta and z to shared memory while the tile before is walked
 // through; a lane takes its own row from there in pieces of 8 steps, does what belongs to the channel alone (softplus,
 // D, SiLU) in registers, and puts y where z was. B and C of a tile lie in shared memory as floats, side by side, which
 // all lanes read at once. Against tiles shared by a team (selective_scan_tiled.cuh) the path out of shared memory
@@ -16,8 +16,9 @@
 //
 // Rows off the 16-byte grid (L that is no multiple of 8): those of every eighth channel begin at the same place of a
 // piece, those of every sixteenth at the same place of a sector of 32 bytes. A warp takes such channels, and begins
-// with the sector, up to 15 steps before its rows, in which nothing happens. So all its pieces are whole in memory,
-// and only those of B and C, and the ends of y, are not; nor is a sector of y written in two parts, which takes long.
+// with the sector, up to 15 steps before its rows, in which nothing happens. So all its pieces are whole in memory, but
+// for the ends of y; nor is a sector of y written in two parts, which takes long. B and C, which no such choice of
+// channels helps, are laid out anew first (selective_scan_state_words.cuh).
 //
 // Bound: the issue slots and MUFU, one ex2 for each (t, n), or bytes where states are few.
 
@@ -32,23 +33,22 @@ namespace shedder {
 
 // The channels of one warp, from the first on.
 template <typename Rows>
-__device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int64_t b, int first_channel,
-                                              char *shared) {
+__device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, const ScanMaps<Rows::kOnGrid> &maps,
+                                              const uint32_t *state_words, int b, int first_channel, char *shared) {
     using Input = typename Rows::Input;
     using Own = typename ScanChannelRows<Rows>::Own;
     constexpr int kStates = Rows::kStates, kLanes = Rows::kLanes, kSteps = Rows::kSteps, kOwn = Rows::kOwn;
-    float *const BC_tile = reinterpret_cast<float *>(shared + Rows::kStages * 3 * Rows::kTile);
-    ScanChannelRows<Rows> rows(p, b, first_channel, shared);
-    ScanStateRows<Rows> BC(p, b, rows.skew, BC_tile);
+    float *const BC_tile = reinterpret_cast<float *>(shared + Rows::kStages * 3 * Rows::kTile + Rows::kBarrierBytes);
+    ScanChannelRows<Rows> rows(p, maps, b, first_channel, shared);
+    using StateTile = std::conditional_t<Rows::kOnGrid, ScanStateRows<Rows>, ScanStateWords<Rows>>;
+    StateTile BC(p, state_words, b, rows.skew, BC_tile);
     const int column = rows.column, first_state = column * kStates;
-    const int64_t channel = rows.channel, state_row = (b * p.channels + channel) * p.dstate;
+    const int64_t channel = rows.channel, state_row = (int64_t{b} * p.channels + channel) * p.dstate;
 
-    rows.ask(b);
+    rows.ask();
     wait_for_kernel_before();
-    rows.copy(rows.length(), 0);
+    rows.bring(0);
     BC.read(0);
-    if (p.dstate != Rows::kSlots)                            // zeros for states not there
-        for (int i = threadIdx.x % 32; i < Rows::kBCTile; i += 32) BC_tile[i] = 0.f;
     float A[kStates], h[kStates] = {};
     load_states(A, p.A + channel * p.A_channel_stride, p.A_state_stride, first_state, p.dstate);
     if (p.initial_state != nullptr) load_states(h, p.initial_state + state_row, 1, first_state, p.dstate);
@@ -56,11 +56,7 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
     for (int i = 0; i < kStates; ++i) A[i] *= kLog2e;
     const float skip = p.D == nullptr ? 0.f : p.D[channel * p.D_stride];
     const float bias = p.delta_bias == nullptr ? 0.f : p.delta_bias[channel * p.delta_bias_stride];
-    auto tile_landed = [&] {
-        copies_landed();
-        __syncwarp();
-    };
-    tile_landed();
+    rows.wait_for(0);
     BC.put();
 
     // What belongs to the channel alone. Taken a piece ahead and without branches, so that it mingles with the walk.
@@ -84,49 +80,41 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
         }
         return to;
     };
-    const int first_piece = rows.skew / kPieceSteps;
-    Prepared own = prepare(rows.place_of(0, first_piece));
-    if (!Rows::kOnGrid) {                                    // before the rows the state passes by
-        const int before = rows.skew % kPieceSteps - column * kOwn;
-        clear_first(reinterpret_cast<uint32_t (&)[kOwn / 2]>(own.u), before);
+    // Outside of these steps of its piece, which begins with step 0, the state passes by.
+    auto keep_steps = [&](Prepared &of, int first, int end) {
+        first -= column * kOwn, end -= column * kOwn;
+        keep_elements(reinterpret_cast<uint32_t (&)[kOwn / 2]>(of.u), first, end);
 #pragma unroll
         for (int k = 0; k < kOwn; ++k)
-            if (k < before) own.delta[k] = 0.f;
-    }
+            if (k < first || k >= end) of.delta[k] = 0.f;
+    };
+    const int first_piece = rows.skew / kPieceSteps;
+    Prepared own = prepare(rows.place_of(0, first_piece));
+    if (!Rows::kOnGrid) keep_steps(own, rows.skew % kPieceSteps, kPieceSteps);
 
-    for (int start = 0, stage = 0; start < rows.length(); start += kSteps, stage ^= 1) {
+    for (int start = 0, tile = 0; start < rows.length(); start += kSteps, ++tile) {
         const int left = rows.length() - start;
         const bool more = left > kSteps;
-        __syncwarp();                                        // B and C of this tile are there, y before it is out
+        __syncwarp();                                        // B and C of this tile are there
         if (more) {
-            rows.copy(left - kSteps, stage ^ 1);
+            rows.bring(tile + 1);
             BC.read(start + kSteps);
         }
-        // A piece of which `steps` exist; kWhole: all.
-        auto walk = [&](auto whole, int piece, int steps) {
-            constexpr bool kWhole = decltype(whole)::value;
-            Prepared next;
-            if (kWhole) {
-                const int follows = (piece + 1) % Rows::kRowPieces;
-                next = prepare(rows.place_of(stage ^ (follows == 0), follows));
-            }
-            float (&own_delta)[kOwn] = own.delta;
+        auto walk = [&](int piece) {
+            const int follows = (piece + 1) % Rows::kRowPieces;
+            Prepared next = prepare(rows.place_of(tile + (follows == 0), follows));
             float u[kOwn], own_input[kOwn];
             rows.unpack(own.u, u);
-            if (!kWhole)
 #pragma unroll
-                for (int k = 0; k < kOwn; ++k)
-                    if (column * kOwn + k >= steps) own_delta[k] = 0.f;      // the state passes by
-#pragma unroll
-            for (int k = 0; k < kOwn; ++k) own_input[k] = own_delta[k] * u[k];
+            for (int k = 0; k < kOwn; ++k) own_input[k] = own.delta[k] * u[k];
             float delta[kPieceSteps], input[kPieceSteps];
 #pragma unroll
             for (int k = 0; k < kPieceSteps; ++k) {
                 if constexpr (kLanes == 1) {
-                    delta[k] = own_delta[k];
+                    delta[k] = own.delta[k];
                     input[k] = own_input[k];
                 } else {
-                    delta[k] = __shfl_sync(0xffffffffu, own_delta[k % kOwn], k / kOwn, kLanes);
+                    delta[k] = __shfl_sync(0xffffffffu, own.delta[k % kOwn], k / kOwn, kLanes);
                     input[k] = __shfl_sync(0xffffffffu, own_input[k % kOwn], k / kOwn, kLanes);
                 }
             }
@@ -175,16 +163,21 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
             for (int k = 0; k < kOwn; ++k)
                 y[k] = (kLanes == 1 ? sums[k] : fmaf(skip, u[k], sums[k])) * own.gate[k];
             rows.put_y(own.at + 2 * Rows::kTile, y);
-            if (kWhole) own = next;
+            own = next;
         };
         const int steps = min(left, kSteps), whole_pieces = steps / kPieceSteps;
+        int piece = start == 0 ? first_piece : 0;
 #pragma unroll 1
-        for (int piece = start == 0 ? first_piece : 0; piece < whole_pieces; ++piece) {
-            walk(std::true_type{}, piece, kPieceSteps);
-            if (piece + 2 == Rows::kRowPieces) tile_landed();                // the last one looks into the next tile
+        for (int end = whole_pieces;; ++end) {               // once more for a piece of which only some steps exist
+#pragma unroll 1
+            for (; piece < end; ++piece) {
+                walk(piece);
+                if (more && piece + 2 == Rows::kRowPieces) rows.wait_for(tile + 1);   // the last one looks into it
+            }
+            if (end * kPieceSteps >= steps) break;
+            keep_steps(own, 0, steps - end * kPieceSteps);
         }
-        if (steps % kPieceSteps > 0) walk(std::false_type{}, whole_pieces, steps % kPieceSteps);
-        rows.store(left, stage, start == 0);
+        rows.store(tile);
         if (more) BC.put();                                  // no lane reads this tile's any more: `store` saw to it
     }
 
@@ -192,7 +185,7 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, int6
     if (!Rows::kOnGrid) asm volatile("" : "+r"(thread));     // else where h goes fills registers meanwhile
     const int own_channel = first_channel + thread % 32 / kLanes * Rows::kApart;
     if (p.final_state != nullptr && own_channel < p.channels)
-        store_states(p.final_state + (b * p.channels + own_channel) * p.dstate, h, thread % kLanes * kStates, p.dstate);
+        store_states(p.final_state + (int64_t{b} * p.channels + own_channel) * p.dstate, h, thread % kLanes * kStates, p.dstate);
 }
 
 // Of each batch entry the first channels in shares of 32, the next in shares of 16, the others in shares of 8. Off the
@@ -203,12 +196,15 @@ struct ScanDeal {
 
 constexpr int kMostScanSlots = 16;                           // states that there are kernels for
 
-template <typename Input, int kSlots, bool kOnGrid>
+template <typename Input, int kSlots, bool kOnGrid_>
 struct ScanKinds {
+    static constexpr bool kOnGrid = kOnGrid_;
     using Wide = ScanRows<Input, kSlots, 1, kOnGrid>;
     using Half = ScanRows<Input, (kSlots + 1) / 2, 2, kOnGrid>;
     using Quarter = ScanRows<Input, (kSlots + 3) / 4, 4, kOnGrid>;
-    static constexpr int kWarpBytes = std::max({Wide::kSharedBytes, Half::kSharedBytes, Quarter::kSharedBytes});
+    // Swizzles begin with multiples of 1024 bytes.
+    static constexpr int kWarpBytes =
+        (std::max({Wide::kSharedBytes, Half::kSharedBytes, Quarter::kSharedBytes}) + 1023) / 1024 * 1024;
     // A warp for each scheduler of a multiprocessor takes up so much shared memory; three, or two, what there is.
     static constexpr int kRoundBytes = 4 * kWarpBytes, kMostRounds = std::min(227 * 1024 / kRoundBytes, 3);
     static_assert(kMostRounds > 1 && 2 * kMostRounds * kRoundBytes > 227 * 1024);
@@ -217,24 +213,28 @@ struct ScanKinds {
 // Neighbouring shares go to the four schedulers of a multiprocessor, then to the next one.
 template <typename Input, int kSlots, bool kOnGrid>
 __global__ void __launch_bounds__(128 * ScanKinds<Input, kSlots, kOnGrid>::kMostRounds, 1) selective_scan_channels(
-    const __grid_constant__ SelectiveScanParams p, const __grid_constant__ ScanDeal deal) {
+    const __grid_constant__ SelectiveScanParams p, const __grid_constant__ ScanDeal deal,
+    const __grid_constant__ ScanMaps<kOnGrid> maps, const uint32_t *state_words) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900           // which have the copy engine
     using Kinds = ScanKinds<Input, kSlots, kOnGrid>;
-    extern __shared__ float4 shared_memory[];
+    extern __shared__ __align__(1024) char scan_tiles[];
     if (blockDim.x > 128) start_dependents();                // a CTA has a multiprocessor to itself
     const int wide = deal.wide * p.batch, half = deal.half * p.batch;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     const int share = (warp / 4 * gridDim.x + blockIdx.x) * 4 + warp % 4;
     auto take = [&](auto rows, int index, int in_batch, int before) {
-        char *const shared = reinterpret_cast<char *>(shared_memory) + warp * Kinds::kWarpBytes;
+        char *const shared = scan_tiles + warp * Kinds::kWarpBytes;
         constexpr int kChannels = decltype(rows)::kChannels, kApart = decltype(rows)::kApart;
         const int b = index / in_batch, in = index % in_batch;
-        const int first = before + in / kApart * kApart * kChannels + in % kApart;
-        if (b < p.batch && first < p.channels) scan_channels<decltype(rows)>(p, b, first, shared);
+        // Off the grid neighbouring shares read through the same maps.
+        const int of_map = in_batch / kApart, first = before + in / of_map + in % of_map * kApart * kChannels;
+        if (b < p.batch && first < p.channels) scan_channels<decltype(rows)>(p, maps, state_words, b, first, shared);
     };
     if (share < wide) take(typename Kinds::Wide{}, share, deal.wide, 0);
     else if (share < wide + half) take(typename Kinds::Half{}, share - wide, deal.half, deal.wide * 32);
     else if (deal.quarter > 0)
         take(typename Kinds::Quarter{}, share - wide - half, deal.quarter, deal.wide * 32 + deal.half * 16);
+#endif
 }
 
 }  // namespace shedder

@@ -3,11 +3,15 @@
 #include "ops/cuda_scan_channels.h"
 
 #include <algorithm>
+#include <optional>
+
+#include <torch/csrc/stable/ops.h>
 
 #include "kernels/selective_scan_channels.cuh"
 #include "ops/cuda_common.h"
 #include "ops/cuda_device.h"
 #include "ops/cuda_launch.h"
+#include "ops/cuda_tensor_map.h"
 
 namespace shedder {
 namespace {
@@ -40,11 +44,66 @@ ScanDeal deal_channels(const SelectiveScanParams &p, int64_t schedulers, int tog
     return {eights / 4 * together, eights % 4 / 2 * together, eights % 2 * together};
 }
 
+// The map of one kind of warps, whose rows of a tile are a box. On the grid of all rows of a tensor, off it of every
+// sixteenth from the first on.
+template <typename Rows>
+CUtensorMap rows_map(const char *name, const void *data, const Strides3 &s, const SelectiveScanParams &p,
+                     int64_t rows_of_batch, int first) {
+    uint64_t address = reinterpret_cast<uint64_t>(data) + first * s.channel * 2;
+    const uint64_t within = Rows::kOnGrid ? 0 : address % 16 / 2;            // elements of the piece before the row
+    address -= within * 2;
+    const int64_t all = Rows::kOnGrid ? p.channels : (p.batch - 1) * rows_of_batch + p.channels;
+    const uint64_t sizes[3] = {p.length + within, static_cast<uint64_t>((all - first + Rows::kApart - 1) / Rows::kApart),
+                               static_cast<uint64_t>(Rows::kOnGrid ? p.batch : 1)};
+    const auto stride = [](uint64_t size, int64_t elements) { return size > 1 ? static_cast<uint64_t>(elements) * 2 : 16; };
+    const uint64_t strides[2] = {stride(sizes[1], s.channel * Rows::kApart), stride(sizes[2], s.batch)};
+    const uint32_t box[3] = {Rows::kSteps, Rows::kChannels, 1};
+    return tensor_map("selective_scan", name, address, 3, sizes, strides, box,
+                      Rows::kRow == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+}
+
+// The maps that warps of a deal need.
+template <typename Kinds>
+ScanMaps<Kinds::kOnGrid> make_maps(const SelectiveScanParams &p, const ScanDeal &deal) {
+    ScanMaps<Kinds::kOnGrid> maps{};
+    const auto of_tensor = [&](int tensor, const char *name, const void *data, const Strides3 &s) {
+        if (data == nullptr) return;
+        const int64_t rows_of_batch = !Kinds::kOnGrid && p.batch > 1 ? s.batch / s.channel : 0;
+        maps.rows_of_batch[tensor] = static_cast<int>(rows_of_batch);
+        const int64_t rows = (p.batch - 1) * rows_of_batch + p.channels;
+        const auto of_kind = [&](auto rows_of_kind, int shares) {
+            using Rows = decltype(rows_of_kind);
+            for (int first = 0; shares > 0 && first < std::min<int64_t>(Rows::kApart, rows); ++first)
+                maps.of[Rows::kLanes / 2][tensor][first] =
+                    rows_map<Rows>(name, data, s, p, rows_of_batch, first);
+        };
+        of_kind(typename Kinds::Wide{}, deal.wide);
+        of_kind(typename Kinds::Half{}, deal.half);
+        of_kind(typename Kinds::Quarter{}, deal.quarter);
+    };
+    of_tensor(kU, "u", p.u, p.u_strides);
+    of_tensor(kDelta, "delta", p.delta, p.delta_strides);
+    of_tensor(kZ, "z", p.z, p.z_strides);
+    return maps;
+}
+
+// B and C as selective_scan_state_words lays them out, before the kernel that reads them.
+template <typename Input>
+Tensor make_state_words(const SelectiveScanParams &p, int slots, const Tensor &u, cudaStream_t stream) {
+    const int pitch = scan_word_pitch(slots), rows = kScanWordsBefore + p.length + kScanWordsBehind;
+    Tensor words = torch::stable::new_empty(u, {int64_t{p.batch} * rows * pitch}, ScalarType::Int);
+    const dim3 grid((rows + kScanWordThreads - 1) / kScanWordThreads, pitch / 4, p.batch);
+    launch_ctas(selective_scan_state_words<Input>, {grid, kScanWordThreads}, stream, p, pitch,
+                static_cast<uint4 *>(words.mutable_data_ptr()));
+    return words;
+}
+
 // Off the grid there are kernels for every second number of states.
 template <typename Input, bool kOnGrid, int kSlots = kOnGrid ? 1 : 2>
-void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, int32_t device, cudaStream_t stream) {
+void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, const Tensor &u, cudaStream_t stream) {
     if constexpr (kSlots < kMostScanSlots)
-        if (p.dstate > kSlots) return launch_slots<Input, kOnGrid, kSlots + (kOnGrid ? 1 : 2)>(p, deal, device, stream);
+        if (p.dstate > kSlots) return launch_slots<Input, kOnGrid, kSlots + (kOnGrid ? 1 : 2)>(p, deal, u, stream);
+    const int32_t device = u.get_device_index();
     const auto kernel = selective_scan_channels<Input, kSlots, kOnGrid>;
     using Kinds = ScanKinds<Input, kSlots, kOnGrid>;
     // Where all warps run at once, a CTA for each multiprocessor; else CTAs of one warp for each scheduler.
@@ -54,22 +113,26 @@ void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, int32_t de
     STD_TORCH_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) == cudaSuccess,
                     "shedder_cuda::selective_scan: no ", shared, " bytes of shared memory");
     const int grid = rounds > 1 ? there : ctas;
-    launch_ctas(kernel, {static_cast<unsigned>(grid), 128u * rounds, shared}, stream, p, deal);
+    std::optional<Tensor> words;
+    if (!kOnGrid) words = make_state_words<Input>(p, kSlots, u, stream);
+    launch_ctas(kernel, {static_cast<unsigned>(grid), 128u * rounds, shared}, stream, p, deal, make_maps<Kinds>(p, deal),
+                words ? static_cast<const uint32_t *>(words->const_data_ptr()) : nullptr);
 }
 
 }  // namespace
 
 template <typename Input>
-void launch_scan_channels(const SelectiveScanParams &p, bool on_grid, int32_t device, cudaStream_t stream) {
+void launch_scan_channels(const SelectiveScanParams &p, bool on_grid, const Tensor &u, cudaStream_t stream) {
     // An odd number of states leaves one of the second lane's empty, which is much where they are few.
     constexpr int kFewStates = 8;
     const bool halves = !on_grid || p.dstate % 2 == 0 || p.dstate > kFewStates;
-    const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(device), on_grid ? 1 : 16, halves);
-    if (on_grid) launch_slots<Input, true>(p, deal, device, stream);
-    else launch_slots<Input, false>(p, deal, device, stream);
+    const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(u.get_device_index()),
+                                        on_grid ? 1 : 16, halves);
+    if (on_grid) launch_slots<Input, true>(p, deal, u, stream);
+    else launch_slots<Input, false>(p, deal, u, stream);
 }
 
-template void launch_scan_channels<__half>(const SelectiveScanParams &, bool, int32_t, cudaStream_t);
-template void launch_scan_channels<__nv_bfloat16>(const SelectiveScanParams &, bool, int32_t, cudaStream_t);
+template void launch_scan_channels<__half>(const SelectiveScanParams &, bool, const Tensor &, cudaStream_t);
+template void launch_scan_channels<__nv_bfloat16>(const SelectiveScanParams &, bool, const Tensor &, cudaStream_t);
 
 }  // namespace shedder

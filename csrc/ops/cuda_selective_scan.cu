@@ -146,22 +146,37 @@ bool all_lie_alike(const SelectiveScanParams &p) {
     return as_u(p.delta, p.delta_strides) && as_u(p.y, p.y_strides) && (p.z == nullptr || as_u(p.z, p.z_strides));
 }
 
+// Whether the copy engine reads u, delta and z: no row is counted twice, and off the grid all batch entries are among the
+// rows of one.
+bool boxes_reach(const SelectiveScanParams &p, bool on_grid) {
+    const auto reach = [&](const void *data, const Strides3 &s) {
+        if (data == nullptr) return true;
+        if ((p.channels > 1 && s.channel == 0) || (p.batch > 1 && s.batch == 0)) return false;
+        if (on_grid || p.batch == 1) return true;
+        return s.channel > 0 && s.batch % s.channel == 0
+            && (p.batch - 1) * (s.batch / s.channel) + p.channels < int64_t{1} << 31;
+    };
+    return reach(p.u, p.u_strides) && reach(p.delta, p.delta_strides) && reach(p.z, p.z_strides);
+}
+
 // Whether there are channels enough. For each scheduler of the GPU 24 of many states, fewer of few; off the grid, where
 // the other forms take twice as long, 4, but steps enough for the start of its warps to pay. Measured on an H200
 // (docs/measured-facts.md, selective scan).
 template <typename Input>
-bool launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device,
+bool launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &access, const Tensor &u,
                           cudaStream_t stream) {
     if constexpr (sizeof(Input) == 2) {
         constexpr int kShortest = 64;
+        const int32_t device = u.get_device_index();
         const bool on_grid = on_the_grid(access);
         if (!on_grid && p.length < kShortest) return false;
         if (std::max(access.rows, access.BC) == Access::kStrided || !(on_grid || all_lie_alike<Input>(p))) return false;
+        if (!boxes_reach(p, on_grid) || !device_attribute(cudaDevAttrClusterLaunch, device)) return false;
         const int64_t schedulers = int64_t{4} * multiprocessors(device);
         const int least = !on_grid || p.dstate <= 4 ? 4 : p.dstate <= 14 ? 16 : 24;
         const int64_t channels = int64_t{p.batch} * p.channels;
         if (channels < schedulers * least || channels >= int64_t{1} << 31) return false;     // shares are counted by int
-        launch_scan_channels<Input>(p, on_grid, device, stream);
+        launch_scan_channels<Input>(p, on_grid, u, stream);
         return true;
     }
     return false;
@@ -190,12 +205,13 @@ Access access_of(const Tensor &t) {
 }
 
 template <typename Input>
-void launch(const SelectiveScanParams &p, const ScanTileAccess &access, int32_t device, cudaStream_t stream) {
+void launch(const SelectiveScanParams &p, const ScanTileAccess &access, const Tensor &u, cudaStream_t stream) {
+    const int32_t device = u.get_device_index();
     const bool general = p.channel_to_group != nullptr || p.seq_idx != nullptr || p.constant_B || p.constant_C;
     if (general) return launch_general<Input>(p, stream);
     if (p.dstate > 16) return launch_many_states<Input>(p, access, stream);
     if (launch_segments<Input>(p, access, device, stream)) return;
-    if (launch_many_channels<Input>(p, access, device, stream)) return;
+    if (launch_many_channels<Input>(p, access, u, stream)) return;
     if (int64_t{p.batch} * p.channels < kFewChannels) return launch_few_channels<Input>(p, access, device, stream);
     launch_some_channels<Input>(p, access, device, stream);
 }
@@ -275,7 +291,7 @@ void selective_scan(const Tensor &u, const Tensor &delta, const Tensor &A, const
         std::max(access_of(B), access_of(C))};
 
     arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
-        launch<std::remove_pointer_t<decltype(type)>>(p, access, arguments.device, stream);
+        launch<std::remove_pointer_t<decltype(type)>>(p, access, u, stream);
     });
 }
 
