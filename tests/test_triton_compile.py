@@ -47,6 +47,7 @@ class Recorder:
 
             def warmup(_, *args, grid, **kwargs):
                 self.compiled_ahead.append((kernel, args, kwargs))
+                return {(1, 1, 1): None}                 # is made ready for a grid
         return Launcher()
 
 
