@@ -171,7 +171,8 @@ bool launch_many_channels(const SelectiveScanParams &p, const ScanTileAccess &ac
         const bool on_grid = on_the_grid(access);
         if (!on_grid && p.length < kShortest) return false;
         if (std::max(access.rows, access.BC) == Access::kStrided || !(on_grid || all_lie_alike<Input>(p))) return false;
-        if (!boxes_reach(p, on_grid) || !device_attribute(cudaDevAttrClusterLaunch, device)) return false;
+        const bool copy_engine = device_attribute(cudaDevAttrClusterLaunch, device);             // came with clusters
+        if (!copy_engine || !boxes_reach(p, on_grid)) return false;
         const int64_t schedulers = int64_t{4} * multiprocessors(device);
         const int least = !on_grid || p.dstate <= 4 ? 4 : p.dstate <= 14 ? 16 : 24;
         const int64_t channels = int64_t{p.batch} * p.channels;
