@@ -1,8 +1,8 @@
 """Variants of a Triton kernel, compiled side by side.
 
 A model whose layers all differ asks for one variant of a kernel after another, and would wait for each. So the first
-that is asked for brings the others with it, which takes little longer than one of them. So does the C code that launches
-them, which is the same for all.
+that is asked for brings the others with it, and the C code that launches them, which is the same for all: that takes
+little longer than one of them.
 """
 
 from collections.abc import Hashable, Iterable
