@@ -47,7 +47,6 @@ class Recorder:
 
             def warmup(_, *args, grid, **kwargs):
                 self.compiled_ahead.append((kernel, args, kwargs))
-                return {(1, 1, 1): None}                 # is made ready for a grid
         return Launcher()
 
 

@@ -23,6 +23,6 @@ def compile_side_by_side(kernel: Any, kind: Hashable, arguments: tuple, variants
     _known.add((kernel, kind))
     with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
         compiled = [kernel.warmup(*arguments, grid=(1,), **variant, **options) for variant in variants]
-        first = compiled[0].result() if hasattr(compiled[0], "result") else compiled[0]
-        with torch.cuda.device(arguments[0].get_device()):
-            first[1, 1, 1]                               # ready for this grid, not launched
+        if hasattr(compiled[0], "result"):                   # on its way: not in Triton's interpreter
+            with torch.cuda.device(arguments[0].get_device()):
+                compiled[0].result()[1, 1, 1]                # ready for this grid, not launched
