@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .packed import sequence_runs
-from .pointwise import LOG2E, discrete_dt, silu
+from .pointwise import LOG2E, discrete_dt, exp2, silu
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def _selective_scan_kernel(u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, 
             else:
                 C = tl.load(C_ptrs, mask=every, other=0.0).to(tl.float32)
 
-        decay = tl.exp2(delta[:, None, :] * A[None, :, :])
+        decay = exp2(delta[:, None, :] * A[None, :, :])
         gain = drive[:, None, :] * B
         if runs_ptr is not None:
             decay = tl.where(fresh, 0.0, decay)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .packed import sequence_runs
-from .pointwise import LOG2E, discrete_dt, silu
+from .pointwise import LOG2E, discrete_dt, exp2, silu
 from .variants import compile_side_by_side
 
 Q, BLOCK_P = 64, 64                    # wgmma takes 64 rows: tokens for the scores, channels for y and the state
@@ -115,9 +115,9 @@ def _ssd_fused_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_
         decay = dt * A
         s = tl.cumsum(decay, 0)
         total = tl.sum(decay, 0)
-        to_state = tl.exp2(total - s) * dt
-        keep = tl.exp2(total)
-        from_state = tl.exp2(s)
+        to_state = exp2(total - s) * dt
+        keep = exp2(total)
+        from_state = exp2(s)
         seen = causal
         if runs_ptr is not None:
             to_state = tl.where(run == run_out, to_state, 0.0)
@@ -130,7 +130,7 @@ def _ssd_fused_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_
         y = tl.dot(state.to(operand), C.T)
         y *= from_state[None, :]
         scores = tl.dot(B, C.T)
-        scores *= tl.exp2(tl.where(seen, segment, float("-inf"))) * dt[:, None]
+        scores *= exp2(tl.where(seen, segment, float("-inf"))) * dt[:, None]
         y = tl.dot(x.T, scores.to(operand), y)
         if D_ptr is not None:
             y += D[:, None] * x.T.to(tl.float32)
