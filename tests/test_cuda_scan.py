@@ -154,7 +154,7 @@ def test_matches_the_recurrence_for_every_number_of_states_of_many_channels(dsta
 # An H200 has 528 schedulers. Each gets two warps of 16 channels, or those and one of 8, three of 16, one of each kind,
 # two of 32, ...; several batch entries, with which rounds need not end; more than run at once.
 @pytest.mark.parametrize(("batch", "channels"), [(1, 16896), (1, 17001), (1, 22333), (1, 26001), (1, 31001), (3, 5633),
-                                                 (2, 9001), (8, 2117), (5, 7001), (17, 1001), (1, 60001)])
+                                                 (2, 9001), (8, 2117), (5, 7001), (17, 1001), (1, 60001), (700, 30)])
 @pytest.mark.parametrize("length", [72, 263])                    # rows on the grid of 16 bytes and off
 def test_many_channels_are_all_dealt_out(batch, channels, length):
     assert_matches(inputs(batch, channels, length, 7, torch.bfloat16))
