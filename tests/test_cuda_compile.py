@@ -48,10 +48,6 @@ def opcodes() -> dict[str, Counter[str]]:
     return kernels
 
 
-def known(family: str, reason: str) -> object:
-    return pytest.param(family, marks=pytest.mark.xfail(reason=reason, strict=False))
-
-
 FAMILIES = ["selective_scan_fwd", "selective_scan_tiled", "selective_scan_channels", "selective_scan_state_words",
             "gated_rmsnorm", "state_update", "ssd_fwd", "ssd_align", "ssd_mma", "selective_scan_complex",
             "causal_conv1d", "removed_ssm", "step_mixer", "mamba_inner_step"]

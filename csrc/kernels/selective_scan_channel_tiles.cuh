@@ -44,8 +44,8 @@ struct ScanRows {
         return step / kPieceSteps * kBCPiece + k / kBlockSteps * kBlock * kLanes + n / kStates * kBlock
             + k % kBlockSteps * kStates * 2 + n % kStates * 2;
     }
-    // Byte of a tile at which piece `piece` of row `row` lies: neighbouring rows on different banks, in the copy engine's
-    // swizzle of as many bytes as a row has.
+    // Byte of a tile at which piece `piece` of row `row` lies: neighbouring rows on different banks, in the copy
+    // engine's swizzle of as many bytes as a row has.
     static __device__ int at(int row, int piece) {
         return row * kRow + (piece ^ (kRowPieces == 4 ? row >> 1 & 3 : row & 7)) * 16;
     }
@@ -54,17 +54,17 @@ struct ScanRows {
 // Tensors whose rows a warp brings, in the order of its tiles.
 enum ScanTensor : int { kU, kDelta, kZ, kScanTensors };
 
-// The maps through which the copy engine brings them, for warps of 32, 16 and 8 channels. On the grid a map has the axes
-// (step, channel, batch). Off it all rows of a tensor are counted through, and every sixteenth from the r-th on, from the
-// piece in which it begins, are the (step, row / 16) of a map of their own, [r].
+// The maps through which the copy engine brings them, for warps of 32, 16 and 8 channels. On the grid a map has the
+// axes (step, channel, batch). Off it all rows of a tensor are counted through, and every sixteenth from the r-th on,
+// from the piece in which it begins, are the (step, row / 16) of a map of their own, [r].
 template <bool kOnGrid>
 struct ScanMaps {
     CUtensorMap of[3][kScanTensors][kOnGrid ? 1 : 16];
     int rows_of_batch[kScanTensors];                         // off the grid: rows from a batch entry to the next
 };
 
-// The rows of a warp's channels. The copy engine brings them, one box for a tile of a tensor; a lane walks along a row of
-// its own or a share of one, and stores pieces of some.
+// The rows of a warp's channels. The copy engine brings them, one box for a tile of a tensor; a lane walks along a row
+// of its own or a share of one, and stores pieces of some.
 template <typename Rows>
 struct ScanChannelRows {
     using Input = typename Rows::Input;
@@ -74,7 +74,7 @@ struct ScanChannelRows {
 
     const SelectiveScanParams &p;
     const ScanMaps<Rows::kOnGrid> &maps;
-    char *const tiles;                                       // [stage][u, delta, z][kTile], then a barrier for each stage
+    char *const tiles;                                       // [stage][u, delta, z][kTile]; a barrier for each stage
     const int b, first_channel;
     const int row, column, stored_row, stored_piece;
     const int64_t channel;                                   // of this lane; the last one where it has none
@@ -184,7 +184,9 @@ private:
     }
 
     // Of a tensor's rows, counted through.
-    __device__ __forceinline__ int first_row(int tensor) const { return b * maps.rows_of_batch[tensor] + first_channel; }
+    __device__ __forceinline__ int first_row(int tensor) const {
+        return b * maps.rows_of_batch[tensor] + first_channel;
+    }
     __device__ __forceinline__ const CUtensorMap *map_of(int tensor) const {
         return &maps.of[kLanes / 2][tensor][Rows::kOnGrid ? 0 : first_row(tensor) % kApart];
     }
@@ -222,13 +224,12 @@ __device__ __forceinline__ void keep_elements(uint32_t (&words)[kWords], int fir
 template <typename Rows>
 struct ScanStateRows {
     using Input = typename Rows::Input;
-    using Kept = Piece<Input>;
 
     const SelectiveScanParams &p;
     const Input *const B_row, *const C_row;                  // of state 0, at step 0
     float *const tile;
     const int lane = threadIdx.x % 32;
-    Kept B[Rows::kBCPieces], C[Rows::kBCPieces];
+    Piece<Input> B[Rows::kBCPieces], C[Rows::kBCPieces];
 
     __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, const uint32_t *, int b, int, float *tile)
         : p(p), B_row(static_cast<const Input *>(p.B) + b * p.B_strides.batch),
@@ -273,12 +274,14 @@ private:
     }
 };
 
-// Off the grid it brings words (B, C) of four states of some steps, as selective_scan_state_words leaves them. Steps count
-// from `skew` before the rows.
+// Off the grid it brings words (B, C) of four states of some steps, as selective_scan_state_words leaves them. Steps
+// count from `skew` before the rows.
 template <typename Rows>
 struct ScanStateWords {
     using Input = typename Rows::Input;
-    static constexpr int kPitch = scan_word_pitch(Rows::kSlots), kStepLanes = kPitch / 4, kStepsAtOnce = 32 / kStepLanes;
+    static constexpr int kPitch = scan_word_pitch(Rows::kSlots);
+    static constexpr int kStepLanes = kPitch / 4, kStepsAtOnce = 32 / kStepLanes;
+    static_assert(Rows::kApart <= kScanWordsBefore && Rows::kSteps <= kScanWordsBehind);
 
     float *const tile;
     const int first_state = threadIdx.x % kStepLanes * 4, first_step = threadIdx.x % 32 / kStepLanes;

@@ -185,7 +185,8 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, cons
     if (!Rows::kOnGrid) asm volatile("" : "+r"(thread));     // else where h goes fills registers meanwhile
     const int own_channel = first_channel + thread % 32 / kLanes * Rows::kApart;
     if (p.final_state != nullptr && own_channel < p.channels)
-        store_states(p.final_state + (int64_t{b} * p.channels + own_channel) * p.dstate, h, thread % kLanes * kStates, p.dstate);
+        store_states(p.final_state + (int64_t{b} * p.channels + own_channel) * p.dstate, h,
+                     thread % kLanes * kStates, p.dstate);
 }
 
 // Of each batch entry the first channels in shares of 32, the next in shares of 16, the others in shares of 8. Off the

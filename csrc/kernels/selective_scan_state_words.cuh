@@ -1,5 +1,5 @@
-// B and C of all states of a step side by side: word (b, t, n) = (B, C) of state n, the low half B. So that those who walk
-// along t from any step on read whole pieces of 16 bytes, whatever the strides of B and C are.
+// B and C of all states of a step side by side: word (b, t, n) = (B, C) of state n, the low half B. So that those who
+// walk along t from any step on read whole pieces of 16 bytes, whatever the strides of B and C are.
 
 #pragma once
 
@@ -23,7 +23,7 @@ constexpr __host__ __device__ int64_t scan_word_row(int length, int64_t b) {    
 template <typename Input>
 __global__ void __launch_bounds__(kScanWordThreads) selective_scan_state_words(const SelectiveScanParams p, int pitch,
                                                                                 uint4 *words) {
-    start_dependents();                                      // each has a multiprocessor to itself, or waits for it
+    start_dependents();                                      // the scan's CTAs, which fill a multiprocessor each
     wait_for_kernel_before();
     const int t = blockIdx.x * kScanWordThreads + threadIdx.x - kScanWordsBefore, first_state = blockIdx.y * 4;
     const int64_t b = blockIdx.z;
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kScanWordThreads) selective_scan_state_words(c
 #pragma unroll
     for (int k = 0; k < 4; ++k)
         word[k] = half(p.B, p.B_strides, first_state + k) | half(p.C, p.C_strides, first_state + k) << 16;
-    words[((scan_word_row(p.length, b) + t) * pitch + first_state) / 4] = make_uint4(word[0], word[1], word[2], word[3]);
+    words[((scan_word_row(p.length, b) + t) * pitch + first_state) / 4] =
+        make_uint4(word[0], word[1], word[2], word[3]);
 }
 
 }  // namespace shedder

@@ -44,19 +44,17 @@ ScanDeal deal_channels(const SelectiveScanParams &p, int64_t schedulers, int tog
     return {eights / 4 * together, eights % 4 / 2 * together, eights % 2 * together};
 }
 
-// The map of one kind of warps, whose rows of a tile are a box. On the grid of all rows of a tensor, off it of every
-// sixteenth from the first on.
+// The map of one kind of warps, whose rows of a tile are a box: of a tensor's `rows` every Rows::kApart-th from the first
+// on; on the grid of each batch entry, off it of all counted through.
 template <typename Rows>
-CUtensorMap rows_map(const char *name, const void *data, const Strides3 &s, const SelectiveScanParams &p,
-                     int64_t rows_of_batch, int first) {
+CUtensorMap rows_map(const char *name, const void *data, const Strides3 &s, const SelectiveScanParams &p, int64_t rows,
+                     int first) {
     uint64_t address = reinterpret_cast<uint64_t>(data) + first * s.channel * 2;
     const uint64_t within = Rows::kOnGrid ? 0 : address % 16 / 2;            // elements of the piece before the row
     address -= within * 2;
-    const int64_t all = Rows::kOnGrid ? p.channels : (p.batch - 1) * rows_of_batch + p.channels;
-    const uint64_t sizes[3] = {p.length + within, static_cast<uint64_t>((all - first + Rows::kApart - 1) / Rows::kApart),
-                               static_cast<uint64_t>(Rows::kOnGrid ? p.batch : 1)};
-    const auto stride = [](uint64_t size, int64_t elements) { return size > 1 ? static_cast<uint64_t>(elements) * 2 : 16; };
-    const uint64_t strides[2] = {stride(sizes[1], s.channel * Rows::kApart), stride(sizes[2], s.batch)};
+    const uint64_t of_map = (rows - first + Rows::kApart - 1) / Rows::kApart, batch = Rows::kOnGrid ? p.batch : 1;
+    const uint64_t sizes[3] = {p.length + within, of_map, batch};
+    const uint64_t strides[2] = {map_stride(of_map, s.channel * Rows::kApart), map_stride(batch, s.batch)};
     const uint32_t box[3] = {Rows::kSteps, Rows::kChannels, 1};
     return tensor_map("selective_scan", name, address, 3, sizes, strides, box,
                       Rows::kRow == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
@@ -68,14 +66,13 @@ ScanMaps<Kinds::kOnGrid> make_maps(const SelectiveScanParams &p, const ScanDeal 
     ScanMaps<Kinds::kOnGrid> maps{};
     const auto of_tensor = [&](int tensor, const char *name, const void *data, const Strides3 &s) {
         if (data == nullptr) return;
-        const int64_t rows_of_batch = !Kinds::kOnGrid && p.batch > 1 ? s.batch / s.channel : 0;
-        maps.rows_of_batch[tensor] = static_cast<int>(rows_of_batch);
-        const int64_t rows = (p.batch - 1) * rows_of_batch + p.channels;
-        const auto of_kind = [&](auto rows_of_kind, int shares) {
-            using Rows = decltype(rows_of_kind);
+        const int64_t of_batch = !Kinds::kOnGrid && p.batch > 1 ? s.batch / s.channel : 0;
+        const int64_t rows = (p.batch - 1) * of_batch + p.channels;
+        maps.rows_of_batch[tensor] = static_cast<int>(of_batch);
+        const auto of_kind = [&](auto kind, int shares) {
+            using Rows = decltype(kind);
             for (int first = 0; shares > 0 && first < std::min<int64_t>(Rows::kApart, rows); ++first)
-                maps.of[Rows::kLanes / 2][tensor][first] =
-                    rows_map<Rows>(name, data, s, p, rows_of_batch, first);
+                maps.of[Rows::kLanes / 2][tensor][first] = rows_map<Rows>(name, data, s, p, rows, first);
         };
         of_kind(typename Kinds::Wide{}, deal.wide);
         of_kind(typename Kinds::Half{}, deal.half);
@@ -115,8 +112,8 @@ void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, const Tens
     const int grid = rounds > 1 ? there : ctas;
     std::optional<Tensor> words;
     if (!kOnGrid) words = make_state_words<Input>(p, kSlots, u, stream);
-    launch_ctas(kernel, {static_cast<unsigned>(grid), 128u * rounds, shared}, stream, p, deal, make_maps<Kinds>(p, deal),
-                words ? static_cast<const uint32_t *>(words->const_data_ptr()) : nullptr);
+    launch_ctas(kernel, {static_cast<unsigned>(grid), 128u * rounds, shared}, stream, p, deal,
+                make_maps<Kinds>(p, deal), words ? static_cast<const uint32_t *>(words->const_data_ptr()) : nullptr);
 }
 
 }  // namespace
@@ -126,8 +123,8 @@ void launch_scan_channels(const SelectiveScanParams &p, bool on_grid, const Tens
     // An odd number of states leaves one of the second lane's empty, which is much where they are few.
     constexpr int kFewStates = 8;
     const bool halves = !on_grid || p.dstate % 2 == 0 || p.dstate > kFewStates;
-    const ScanDeal deal = deal_channels(p, int64_t{4} * multiprocessors(u.get_device_index()),
-                                        on_grid ? 1 : 16, halves);
+    const int64_t schedulers = int64_t{4} * multiprocessors(u.get_device_index());
+    const ScanDeal deal = deal_channels(p, schedulers, on_grid ? 1 : 16, halves);
     if (on_grid) launch_slots<Input, true>(p, deal, u, stream);
     else launch_slots<Input, false>(p, deal, u, stream);
 }

@@ -36,10 +36,9 @@ inline bool is_aligned(const Tensor &t, uint64_t bytes) {
 // The map of C or B: boxes of the rows that one of `cluster` CTAs brings.
 inline CUtensorMap states_map(const char *name, uint64_t address, int cluster, int64_t batch, int64_t rows,
                               int64_t groups, int64_t dstate, int64_t of_batch, int64_t of_row, int64_t of_group) {
-    auto stride = [](int64_t size, int64_t elements) { return size > 1 ? static_cast<uint64_t>(elements) * 2 : 16; };
     const uint64_t sizes[4] = {static_cast<uint64_t>(dstate), static_cast<uint64_t>(rows),
                                static_cast<uint64_t>(groups), static_cast<uint64_t>(batch)};
-    const uint64_t strides[3] = {stride(rows, of_row), stride(groups, of_group), stride(batch, of_batch)};
+    const uint64_t strides[3] = {map_stride(rows, of_row), map_stride(groups, of_group), map_stride(batch, of_batch)};
     const uint32_t box[4] = {64, static_cast<uint32_t>(kChunk / cluster), 1, 1};
     return ssd_map(name, address, 4, sizes, strides, box);
 }

@@ -24,6 +24,12 @@ inline Encode encode_function() {
     return function;
 }
 
+// From an element to the next along an axis of `size` that are so many elements of 16 bits apart. A map wants a stride
+// where there is but one, too.
+inline uint64_t map_stride(int64_t size, int64_t elements) {
+    return size > 1 ? static_cast<uint64_t>(elements) * 2 : 16;
+}
+
 // sizes, box: elements, the adjacent ones first. strides: bytes, of all dimensions but the first; multiples of 16, as
 // `address` is.
 inline CUtensorMap tensor_map(const char *op, const char *name, uint64_t address, int dimensions,
@@ -31,10 +37,9 @@ inline CUtensorMap tensor_map(const char *op, const char *name, uint64_t address
                               CUtensorMapSwizzle swizzle) {
     const uint32_t steps[4] = {1, 1, 1, 1};
     CUtensorMap map;
-    const CUresult result = encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, dimensions,
-                                              reinterpret_cast<void *>(address), sizes, strides, box, steps,
-                                              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result = encode_function()(
+        &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, dimensions, reinterpret_cast<void *>(address), sizes, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     STD_TORCH_CHECK(result == CUDA_SUCCESS, "shedder_cuda::", op, ": the CUDA driver makes no tensor map of ", name,
                     " (error ", static_cast<int>(result), ")");
     return map;
