@@ -14,6 +14,13 @@ namespace shedder {
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// True in one thread of a warp, the same one each time; all of the warp come here together. The compiler knows that it
+// is one, where after a comparison with the lane's number it loops over what the threads that pass may hold.
+__device__ __forceinline__ bool one_of_warp() {
+    uint32_t one;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+    return one;
+}
 // A box of a tensor map to shared memory, first column first; its bytes count for `barrier`. By one thread.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, int column, int row, int batch,
                                          uint32_t barrier) {

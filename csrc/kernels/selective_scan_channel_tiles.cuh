@@ -114,7 +114,7 @@ struct ScanChannelRows {
 
     // A tile on its way. Anything for rows not there, and for steps before and behind the rows.
     __device__ __forceinline__ void bring(int tile) const {
-        if (threadIdx.x % 32 != 0) return;
+        if (!one_of_warp()) return;
         barrier_arrive_expecting(barrier(tile), (p.z == nullptr ? 2 : 3) * Rows::kTile);
         copy(kU, tile);
         copy(kDelta, tile);
@@ -225,52 +225,63 @@ template <typename Rows>
 struct ScanStateRows {
     using Input = typename Rows::Input;
 
-    const SelectiveScanParams &p;
-    const Input *const B_row, *const C_row;                  // of state 0, at step 0
-    float *const tile;
-    const int lane = threadIdx.x % 32;
+    const Input *B_at[Rows::kBCPieces], *C_at[Rows::kBCPieces];              // of the next tile
+    float *tile_at[Rows::kBCPieces];                         // null: this lane brings nothing
+    int left;                                                // steps of the rows from these on
     Piece<Input> B[Rows::kBCPieces], C[Rows::kBCPieces];
 
-    __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, const uint32_t *, int b, int, float *tile)
-        : p(p), B_row(static_cast<const Input *>(p.B) + b * p.B_strides.batch),
-          C_row(static_cast<const Input *>(p.C) + b * p.C_strides.batch), tile(tile) {
+    __device__ __forceinline__ ScanStateRows(const SelectiveScanParams &p, const uint32_t *, int b, int, float *tile) {
+        const int lane = threadIdx.x % 32, piece = lane % Rows::kRowPieces;
         if (p.dstate != Rows::kSlots)                        // zeros for states not there
             for (int i = lane; i < Rows::kBCTile; i += 32) tile[i] = 0.f;
+        left = p.length - piece * kPieceSteps;
+#pragma unroll
+        for (int i = 0; i < Rows::kBCPieces; ++i) {
+            const int n = (lane + 32 * i) / Rows::kRowPieces;
+            const auto at = [&](const void *tensor, const Strides4 &s) {
+                return static_cast<const Input *>(tensor) + b * s.batch + n * s.state + piece * kPieceSteps;
+            };
+            B_at[i] = at(p.B, p.B_strides);
+            C_at[i] = at(p.C, p.C_strides);
+            tile_at[i] = n < p.dstate ? tile + Rows::word_of(piece * kPieceSteps, n) : nullptr;
+        }
     }
 
-    // The steps from `start` on, on their way. Zeros for steps not there.
-    __device__ __forceinline__ void read(int start) {
-        const auto all = [&](auto read_one) {
-            each_piece([&](int i, int n, int step) {
-                B[i] = read_one(B_row + n * p.B_strides.state + start + step, p.length - start - step);
-                C[i] = read_one(C_row + n * p.C_strides.state + start + step, p.length - start - step);
-            });
-        };
-        if (p.length - start >= Rows::kSteps)
-            all([](const Input *from, int) { return read_whole_piece(from); });
-        else
-            all([](const Input *from, int left) { return read_piece(from, 1, left, Access::kVector); });
+    // The next tile's, on their way. Zeros for steps not there.
+    __device__ __forceinline__ void read() {
+#pragma unroll
+        for (int i = 0; i < Rows::kBCPieces; ++i) {
+            if (tile_at[i] != nullptr) {
+                B[i] = left >= kPieceSteps ? read_whole_piece(B_at[i]) : first_steps(B_at[i]);
+                C[i] = left >= kPieceSteps ? read_whole_piece(C_at[i]) : first_steps(C_at[i]);
+            }
+            B_at[i] += Rows::kSteps, C_at[i] += Rows::kSteps;
+        }
+        left -= Rows::kSteps;
     }
 
     // What `read` has brought, as floats in the tile.
     __device__ __forceinline__ void put() const {
-        each_piece([&](int i, int n, int step) {
-            float *const to = tile + Rows::word_of(step, n);
 #pragma unroll
-            for (int k = 0; k < kPieceSteps; ++k)
-                *reinterpret_cast<float2 *>(to + Rows::word_of(k, 0)) = make_float2(B[i].get(k), C[i].get(k));
-        });
+        for (int i = 0; i < Rows::kBCPieces; ++i)
+            if (tile_at[i] != nullptr)
+#pragma unroll
+                for (int k = 0; k < kPieceSteps; ++k)
+                    *reinterpret_cast<float2 *>(tile_at[i] + Rows::word_of(k, 0)) = make_float2(B[i].get(k), C[i].get(k));
     }
 
 private:
-    // use(i, state, first step of the tile) for this lane's pieces.
-    template <typename Use>
-    __device__ __forceinline__ void each_piece(Use use) const {
+    // `left` steps of a row, and zeros: each one pushes those behind it on. Once a warp, and not to fill the loop with it.
+    __device__ __forceinline__ Piece<Input> first_steps(const Input *from) const {
+        Piece<Input> piece{};
+#pragma unroll 1
+        for (int k = left - 1; k >= 0; --k) {
 #pragma unroll
-        for (int i = 0; i < Rows::kBCPieces; ++i) {
-            const int index = lane + 32 * i, n = index / Rows::kRowPieces;
-            if (n < p.dstate) use(i, n, index % Rows::kRowPieces * kPieceSteps);
+            for (int i = kPieceSteps / 2 - 1; i > 0; --i)
+                piece.word[i] = __funnelshift_l(piece.word[i - 1], piece.word[i], 16);
+            piece.word[0] = piece.word[0] << 16 | reinterpret_cast<const uint16_t *>(from)[k];
         }
+        return piece;
     }
 };
 
@@ -285,7 +296,7 @@ struct ScanStateWords {
 
     float *const tile;
     const int first_state = threadIdx.x % kStepLanes * 4, first_step = threadIdx.x % 32 / kStepLanes;
-    const uint4 *const at;                                   // this lane's, of step 0
+    const uint4 *at;                                         // this lane's, of the next tile
     uint4 words[Rows::kSteps / kStepsAtOnce];
 
     __device__ __forceinline__ ScanStateWords(const SelectiveScanParams &p, const uint32_t *words, int b, int skew,
@@ -293,9 +304,10 @@ struct ScanStateWords {
         : tile(tile), at(reinterpret_cast<const uint4 *>(
               words + (scan_word_row(p.length, b) - skew + first_step) * kPitch + first_state)) {}
 
-    __device__ __forceinline__ void read(int start) {
+    __device__ __forceinline__ void read() {
 #pragma unroll
-        for (int i = 0; i < Rows::kSteps / kStepsAtOnce; ++i) words[i] = at[(start + i * kStepsAtOnce) * kStepLanes];
+        for (int i = 0; i < Rows::kSteps / kStepsAtOnce; ++i) words[i] = at[i * kStepsAtOnce * kStepLanes];
+        at += Rows::kSteps * kStepLanes;
     }
 
     __device__ __forceinline__ void put() const {

@@ -48,7 +48,7 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, cons
     rows.ask();
     wait_for_kernel_before();
     rows.bring(0);
-    BC.read(0);
+    BC.read();
     float A[kStates], h[kStates] = {};
     load_states(A, p.A + channel * p.A_channel_stride, p.A_state_stride, first_state, p.dstate);
     if (p.initial_state != nullptr) load_states(h, p.initial_state + state_row, 1, first_state, p.dstate);
@@ -98,7 +98,7 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, cons
         __syncwarp();                                        // B and C of this tile are there
         if (more) {
             rows.bring(tile + 1);
-            BC.read(start + kSteps);
+            BC.read();
         }
         auto walk = [&](int piece) {
             const int follows = (piece + 1) % Rows::kRowPieces;

@@ -62,7 +62,7 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
         const int head = tile / p.tiles, group = p.head_to_group[head];
         const bool is_local = p.segment_chunks > 0 && piece.leaves >= 0;
         if (copies) {
-            if (lane > 0) continue;
+            if (!one_of_warp()) continue;
             const SsdRows rows = rows_of<kExtras>(p, piece.state);
             // B and C by shares of rows: all of them, or one that goes to all CTAs of the cluster.
             const bool shared_by_all = is_shared(p, piece.unit);
@@ -161,7 +161,7 @@ __device__ __forceinline__ void store_pair(const SsdParams &p, const SsdPairRows
     }
     fence_for_copies();                                       // the copy engine reads it
     asm volatile("bar.sync 4, 64;" ::: "memory");
-    if (thread == 0) {
+    if (thread < 32 && one_of_warp()) {
         if (rank == 0) send_bytes(shared_at + Shared::kGiven + place * kGivenBytes, kGivenBytes, barrier, 1);
         else barrier_arrive_expecting(barrier, kGivenBytes); // the next time
         store_box(p.y_maps + pair.pieces - p.headdim / 8 + 1, pair.column, 0, chunk * kChunk, batch,
@@ -181,7 +181,7 @@ __device__ __forceinline__ void store_pair(const SsdParams &p, const SsdPairRows
             if (pair.behind == 6) *reinterpret_cast<uint32_t *>(start + 8) = apart.z;
         }
     }
-    if (thread == 0) wait_for_stores_to_read();
+    if (thread < 32 && one_of_warp()) wait_for_stores_to_read();
     __syncwarp();
 }
 
