@@ -114,6 +114,7 @@ def ssds(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
     yield ssd(1, 130, 4, 56, 104, groups=(0, 0, 1, 1), extras=False)
     for extras in (False, True):                        # y by the copy engine
         yield ssd(2, 150, 3, 56, 101, extras=extras)
+    yield ssd(27, 130, 20, 61, 16, extras=False)                     # a large x, which comes by words
     yield ssd(1, 1, 4, 64, 128)
     yield ssd(1, 1000, 3, 64, 128)                      # segments
     yield ssd(4, 130, 67, 61, 101, packed=True)         # clusters

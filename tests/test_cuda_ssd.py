@@ -108,6 +108,21 @@ def test_heads_start_anywhere(headdim, dstate, first):
     assert_matches(case)
 
 
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize(("heads", "headdim", "apart"), [
+    (20, 61, 0), (20, 63, 0), (61, 60, 0), (7, 100, 0),              # tokens a multiple of 8 bytes apart
+    (10, 61, 0), (10, 63, 0), (11, 64, 1),                           # of 4
+])
+def test_a_large_x_whose_tokens_no_box_begins_with(heads, headdim, apart, segments):
+    length, pitch = 131, heads * (headdim + apart) - apart
+    batch = -(-(8 << 20) // (length * heads * headdim * 2))          # or it is copied
+    case = inputs(batch, length, heads, headdim, 24, initial=True, channel_D=True)
+    around = torch.full((batch, length, pitch), torch.nan, dtype=torch.bfloat16, device="cuda")
+    strides = (length * pitch, pitch, headdim + apart, 1)
+    case["x"] = around.as_strided(case["x"].shape, strides).copy_(case["x"])
+    assert_matches(case, segments)
+
+
 @pytest.mark.parametrize("first", [0, 3, 8])                         # element of a row, of z
 @pytest.mark.parametrize("headdim", [64, 61, 100])
 def test_x_and_z_may_lie_differently(headdim, first):

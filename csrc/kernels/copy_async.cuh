@@ -31,6 +31,16 @@ __device__ inline void copy_async_part(void *to, const void *from, int bytes, co
     *static_cast<uint4 *>(to) =
         bytes & 8 ? make_uint4(first.x, first.y, last.x, last.y) : make_uint4(last.x, last.y, 0, 0);
 }
+// kBytes of 4, 8; zeros where there is nothing to copy.
+template <int kBytes>
+__device__ inline void copy_async_word(uint32_t to, const void *from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :: "r"(to), "l"(from), "n"(kBytes), "r"(there ? kBytes : 0) : "memory");
+}
+// This thread arrives at a barrier in shared memory when all its copies so far have landed.
+__device__ inline void arrive_when_landed(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
+}
 // The line of 128 bytes around an address, into L2.
 __device__ inline void prefetch_line(const void *at) { asm volatile("prefetch.global.L2 [%0];" :: "l"(at)); }
 __device__ inline void copies_committed() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -21,7 +21,8 @@
 // share of the rows of B and C into the shared memory of all.
 //
 // A tensor map wants rows and boxes to start at multiples of 16 bytes. B and C that do not (of 32, really), and x and z
-// whose tokens do not, are copied first (ssd_align). Of x and z the columns of a map are all elements between two
+// whose tokens do not, are copied first (ssd_align); but a large x whose tokens start at multiples of 8, or 4, is copied
+// to shared memory by words of as many bytes instead. Of x and z the columns of a map are all elements between two
 // tokens, and a box starts at the 8 columns that its first lies in. The rows of all products here are channels, which
 // know nothing of one another: a first channel that lies `first` columns into its box is row `first` of h and y, and
 // what lies behind the 64 columns takes the rows before it.
@@ -109,12 +110,13 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     if (threadIdx.x == kCopyWarp * 32) {
         prefetch_map(&p.C);
         prefetch_map(&p.B);
-        prefetch_map(&p.x.map);
+        if (p.x_words == nullptr) prefetch_map(&p.x.map);
     }
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             barrier_init(states_there + i * 8, 1);
-            barrier_init(channels_there + i * 8, 1 + kWarpArrivals);         // copies, decays
+            const int of_copies = p.x_words != nullptr ? 32 : 1;
+            barrier_init(channels_there + i * 8, of_copies + kWarpArrivals);     // and of decays
             barrier_init(empty_at + i * 8, (4 * p.cluster + (kExtras ? 2 : 0)) * kWarpArrivals);
         }
         for (int i = 0; i < kGivenPlaces; ++i) {
@@ -142,6 +144,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     if (role >= 4) {
         if constexpr (kSsdCtas<kStates16> == 2) give_registers<kServantRegisters<kExtras>>();
         if (role < kCopyWarp) store_y<Input, kStates16, kExtras>(p, place, shared, shared_at);
+        else if (!kExtras && role == kCopyWarp && p.x_words != nullptr) copy_with_words<kStates16>(p, place, shared_at);
         else produce<Input, kStates16, kExtras>(p, place, shared, shared_at);
         return;
     }

@@ -23,6 +23,7 @@ struct SsdStrides {                                          // in elements
 struct SsdOperand {
     CUtensorMap map, rest;                                   // boxes of 64 columns; of the 8 columns behind them
     int first, head;                                         // columns: of the first head, from head to head
+    int piece;                                               // columns at whose multiples boxes, or words, begin
     int batch, batches;                                      // columns between batch entries and 0, or 0 and 1
 };
 
@@ -40,6 +41,8 @@ struct SsdParams {
                                                              // kPairs: (batch, token, 0, column), in boxes of one
                                                              // piece fewer than headdim / 8, of as many, of one more
     bool has_z;
+    const char *x_words;                                     // x, where words of `piece` columns come instead of boxes;
+    SsdStrides x_strides;                                    // else null
     const void *dt;                                          // Input, or float where dt_float
     const float *A, *D, *dt_bias, *initial;                  // all but A may be null; initial as final_states
     const int32_t *runs;                                     // (batch, time), ~run for padding; may be null
@@ -136,7 +139,7 @@ __device__ __forceinline__ bool is_shared(const SsdParams &p, int unit) {
 // first + c, modulo 64.
 struct SsdRows {
     int head, first_channel, channels;
-    int x, z;                                                // columns of the first channel; the same modulo 8
+    int x, z;                                                // columns of the first channel, which lie alike
     int first;
     bool rest;                                               // channels lie behind the boxes of 64 columns
 };
@@ -154,7 +157,7 @@ __device__ __forceinline__ SsdRows rows_of(const SsdParams &p, int state) {
     };
     rows.x = column_of(p.x);
     rows.z = has_z ? column_of(p.z) : rows.x;
-    rows.first = rows.x & 7;
+    rows.first = rows.x & p.x.piece - 1;
     rows.rest = rows.first + rows.channels > 64;
     return rows;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/copy_async.cuh"
 #include "kernels/ssd_decays.cuh"
 #include "kernels/ssd_pieces.cuh"
 #include "kernels/ssd_rows.cuh"
@@ -46,6 +47,103 @@ constexpr int kServantRegisters = kExtras ? 56 : 48;
 template <bool kExtras>
 constexpr int kConsumerRegisters = kExtras ? 200 : 208;
 
+// Shares of the rows of B and C that a CTA brings: all of them, or one that goes to all CTAs of its cluster.
+struct SsdShares {
+    int rows, first, last;
+    uint32_t to_all;                                         // see copy_box
+};
+
+__device__ __forceinline__ SsdShares shares_of(const SsdParams &p, int rank, int unit) {
+    const bool shared_by_all = is_shared(p, unit);
+    return {kTileRows / p.cluster, shared_by_all ? rank : 0, shared_by_all ? rank : p.cluster - 1,
+            shared_by_all && p.cluster > 1 ? (1u << p.cluster) - 1 : 0};
+}
+
+// C, unless only states are wanted, and B of a chunk, on their way. By one thread.
+template <typename Shared>
+__device__ __forceinline__ void copy_states(const SsdParams &p, const SsdShares &shares, int group, int batch, int local,
+                                            int chunk, uint32_t stage_at, uint32_t states_there) {
+    barrier_arrive_expecting(states_there, (2 - local) * Shared::kOperand);
+#pragma unroll 1
+    for (int part = shares.first; part <= shares.last; ++part)
+#pragma unroll
+        for (int t = 0; t < Shared::kTiles; ++t) {
+            const uint32_t to = stage_at + t * kTileBytes + part * shares.rows * 128;
+            const int row = chunk * kChunk + part * shares.rows;
+            if (!local) copy_box(to, &p.C, t * 64, row, group, batch, states_there, shares.to_all);
+            copy_box(to + Shared::kOperand, &p.B, t * 64, row, group, batch, states_there, shares.to_all);
+        }
+}
+
+// The words of kBytes in which a chunk of x lies to the tile, `words` from each row on; the one behind column 63 to
+// `rest_at`. By all lanes.
+template <int kBytes>
+__device__ __forceinline__ void copy_words(const char *x, int64_t pitch, int words, int rows, uint32_t x_at,
+                                           uint32_t rest_at, int lane) {
+    constexpr int kWords = 128 / kBytes, kRowsAtOnce = 32 / kWords;
+    const int word = lane % kWords, row0 = lane / kWords;
+    const auto copy = [&](auto all) {
+        const char *from = x + row0 * pitch + word * kBytes;
+#pragma unroll 1
+        for (int first = row0; first < kChunk; first += 8, x_at += 8 * 128) {
+#pragma unroll
+            for (int i = 0; i < 8; i += kRowsAtOnce, from += kRowsAtOnce * pitch) {
+                const bool there = decltype(all)::value || first + i < rows;
+                copy_async_word<kBytes>(x_at + tile_offset(row0 + i, word * kBytes), there ? from : x, there);
+            }
+        }
+    };
+    if (word < words) {
+        if (rows >= kChunk) copy(std::true_type{});
+        else copy(std::false_type{});
+    }
+    if (words > kWords)
+#pragma unroll 1
+        for (int row = lane; row < kChunk; row += 32)
+            copy_async_word<kBytes>(rest_at + row * 16, row < rows ? x + row * pitch + 128 : x, row < rows);
+}
+
+// The warp that copies, where x comes by words.
+template <int kStates16>
+__device__ __forceinline__ void copy_with_words(const SsdParams &p, const SsdPlace &place, uint32_t shared_at) {
+    using Shared = SsdShared<kStates16, false>;
+    const int lane = threadIdx.x % 32;
+    int stage = 0;
+    uint32_t parity = 1;
+#pragma unroll 1
+    for (int i = 0; i < pieces_of(p, place); ++i) {
+        const SsdPiece piece = piece_of(p, place, i);
+        const SsdRows rows = rows_of<false>(p, piece.state);
+        const int batch = piece.state / (p.heads * p.tiles), group = p.head_to_group[rows.head];
+        const SsdShares shares = shares_of(p, place.rank, piece.unit);
+        const int words = (rows.first + rows.channels + p.x.piece - 1) / p.x.piece;              // of a row
+        const bool is_local = p.segment_chunks > 0 && piece.leaves >= 0;
+#pragma unroll 1
+        for (int local = is_local; local >= 0; --local)
+#pragma unroll 1
+            for (int chunk = piece.first; chunk < piece.last; ++chunk) {
+                const uint32_t stage_at = shared_at + stage * Shared::kStage,
+                               channels_there = shared_at + Shared::kChannelsThere + stage * 8;
+                barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
+                if (one_of_warp())
+                    copy_states<Shared>(p, shares, group, batch, local, chunk, stage_at,
+                                        shared_at + Shared::kStatesThere + stage * 8);
+                __syncwarp();
+                const auto copy = [&](auto bytes) {
+                    const char *const x = p.x_words + (batch * p.x_strides.batch + rows.x - rows.first
+                                                       + chunk * kChunk * p.x_strides.time) * 2;
+                    copy_words<decltype(bytes)::value>(x, p.x_strides.time * 2, words, p.length - chunk * kChunk,
+                                                       stage_at + 2 * Shared::kOperand,
+                                                       shared_at + Shared::kRest + stage * kRestBytes, lane);
+                };
+                if (p.x.piece == 4) copy(std::integral_constant<int, 8>{});
+                else copy(std::integral_constant<int, 4>{});
+                arrive_when_landed(channels_there);
+                if (++stage == kStages) stage = 0, parity ^= 1;
+            }
+    }
+}
+
 // A warp that copies, and one that prepares decays.
 template <typename Input, int kStates16, bool kExtras>
 __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &place, char *shared, uint32_t shared_at) {
@@ -64,11 +162,7 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
         if (copies) {
             if (!one_of_warp()) continue;
             const SsdRows rows = rows_of<kExtras>(p, piece.state);
-            // B and C by shares of rows: all of them, or one that goes to all CTAs of the cluster.
-            const bool shared_by_all = is_shared(p, piece.unit);
-            const int share = kTileRows / p.cluster, first_share = shared_by_all ? place.rank : 0,
-                      last_share = shared_by_all ? place.rank : p.cluster - 1;
-            const uint32_t to_all = shared_by_all && p.cluster > 1 ? (1u << p.cluster) - 1 : 0;
+            const SsdShares shares = shares_of(p, place.rank, piece.unit);
 #pragma unroll 1
             for (int local = is_local; local >= 0; --local)
 #pragma unroll 1
@@ -80,16 +174,7 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
                     const uint32_t states_there = shared_at + Shared::kStatesThere + stage * 8,
                                    channels_there = shared_at + Shared::kChannelsThere + stage * 8;
                     barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
-                    barrier_arrive_expecting(states_there, (2 - local) * Shared::kOperand);
-#pragma unroll 1
-                    for (int part = first_share; part <= last_share; ++part)
-#pragma unroll
-                        for (int t = 0; t < Shared::kTiles; ++t) {
-                            const uint32_t to = stage_at + t * kTileBytes + part * share * 128;
-                            const int row = chunk * kChunk + part * share;
-                            if (!local) copy_box(to, &p.C, t * 64, row, group, batch, states_there, to_all);
-                            copy_box(to + Shared::kOperand, &p.B, t * 64, row, group, batch, states_there, to_all);
-                        }
+                    copy_states<Shared>(p, shares, group, batch, local, chunk, stage_at, states_there);
                     barrier_arrive_expecting(channels_there, operands * (kTileBytes + rows.rest * kRestBytes));
 #pragma unroll 1
                     for (int operand = 0; operand < operands; ++operand) {

@@ -141,12 +141,25 @@ inline SsdOperand channels_map(const char *name, uint64_t address, int64_t batch
     o.rest = ssd_map(name, address - first * 2, 3, sizes, strides, rest);
     o.first = static_cast<int>(first);
     o.head = static_cast<int>(of_head);
+    o.piece = 8;
     o.batch = by_batch ? 0 : static_cast<int>(of_batch);
     o.batches = by_batch && of_batch > 0;
     return o;
 }
 
-// The maps of x and z, or of copies of them, which are returned.
+// The bytes of words that x comes in where no map reads it: all of which lie in its rows of (head, channel), and where
+// a copy of x would take longer. 0: x is copied.
+inline int word_of_x(const Tensor &x) {
+    constexpr int64_t kLeastBytes = 8 << 20;                 // measured on an H200 (docs/measured-facts.md, SSD)
+    const int64_t width = (x.size(2) - 1) * x.stride(2) + x.size(3);
+    if (x.numel() * 2 < kLeastBytes || x.stride(2) < 0 || width >= int64_t{1} << 31) return 0;
+    uint64_t bits = address_of(x) | static_cast<uint64_t>(width) * 2;
+    for (int i = 0; i < 2; ++i)
+        if (x.size(i) > 1) bits |= static_cast<uint64_t>(x.stride(i)) * 2;
+    return bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 0;
+}
+
+// The maps of x and z, or of copies of them, which are returned; or where words of x are.
 inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tensor &x, const MaybeTensor &z,
                                                        cudaStream_t stream) {
     auto fits = [](const Tensor &t) { return t.size(1) == 1 || (t.stride(1) % 8 == 0 && t.stride(1) > 0); };
@@ -160,6 +173,13 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
         };
         p.x = map("x", x);
         if (z) p.z = map("z", *z);
+        return std::nullopt;
+    }
+    if (const int word = word_of_x(x); word > 0 && !z && p.runs == nullptr) {
+        p.x_words = static_cast<const char *>(x.const_data_ptr());
+        p.x_strides = {x.stride(0), x.stride(1), x.stride(2)};
+        p.x.head = static_cast<int>(heads > 1 ? x.stride(2) : 0);
+        p.x.piece = word / 2;
         return std::nullopt;
     }
     const int64_t columns = (x.size(3) + 7) / 8 * 8;
@@ -192,6 +212,7 @@ inline void make_y_maps(SsdParams &p, const Tensor &y) {
         p.y_boxes = SsdBoxesOfY::kHeads;
         p.y_maps[0] = map(headdim, 64);
     } else if (headdim % 8 != 0 && 24 < headdim && headdim < 64 && heads % 2 == 0 && p.x.head % 8 == headdim % 8
+               && p.x_words == nullptr
                && p.cluster == 2 && !p.has_z && p.runs == nullptr) {
         p.y_boxes = SsdBoxesOfY::kPairs;
         for (int i = 0; i < 3; ++i) p.y_maps[i] = map(token, (headdim / 8 + i - 1) * 8);
