@@ -96,8 +96,9 @@ __device__ __forceinline__ void weigh_for_state(const uint32_t (&x)[4][4], SsdWe
         }
 }
 
-// kExtras: z or runs may be given.
-template <typename Input, int kStates16, bool kExtras>
+// kExtras: z or runs may be given. kWords: x comes by words. A kernel of its own: where there are asynchronous copies of
+// threads, ptxas puts four loads that do nothing behind each barrier.
+template <typename Input, int kStates16, bool kExtras, bool kWords>
 __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid_constant__ SsdParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using Shared = SsdShared<kStates16, kExtras>;
@@ -110,13 +111,12 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     if (threadIdx.x == kCopyWarp * 32) {
         prefetch_map(&p.C);
         prefetch_map(&p.B);
-        if (p.x_words == nullptr) prefetch_map(&p.x.map);
+        if (!kWords) prefetch_map(&p.x.map);
     }
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             barrier_init(states_there + i * 8, 1);
-            const int of_copies = p.x_words != nullptr ? 32 : 1;
-            barrier_init(channels_there + i * 8, of_copies + kWarpArrivals);     // and of decays
+            barrier_init(channels_there + i * 8, (kWords ? 32 : 1) + kWarpArrivals);         // copies, decays
             barrier_init(empty_at + i * 8, (4 * p.cluster + (kExtras ? 2 : 0)) * kWarpArrivals);
         }
         for (int i = 0; i < kGivenPlaces; ++i) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     if (role >= 4) {
         if constexpr (kSsdCtas<kStates16> == 2) give_registers<kServantRegisters<kExtras>>();
         if (role < kCopyWarp) store_y<Input, kStates16, kExtras>(p, place, shared, shared_at);
-        else if (!kExtras && role == kCopyWarp && p.x_words != nullptr) copy_with_words<kStates16>(p, place, shared_at);
+        else if (kWords && role == kCopyWarp) copy_with_words<kStates16>(p, place, shared_at);
         else produce<Input, kStates16, kExtras>(p, place, shared, shared_at);
         return;
     }

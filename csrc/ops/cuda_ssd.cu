@@ -52,10 +52,10 @@ int best_parts(int left, int slots, int chunks) {
     return parts < 2 ? 0 : parts;
 }
 
-template <typename Input, int kStates16, bool kExtras>
+template <typename Input, int kStates16, bool kExtras, bool kWords = false>
 void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
     constexpr int kShared = SsdShared<kStates16, kExtras>::kBytes;
-    const auto kernel = ssd_fwd<Input, kStates16, kExtras>;
+    const auto kernel = ssd_fwd<Input, kStates16, kExtras, kWords>;
     const cudaError_t allowed =                              // of this device; each time, since it costs little
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
     STD_TORCH_CHECK(allowed == cudaSuccess, "shedder_cuda::ssd: ", cudaGetErrorString(allowed));
@@ -98,7 +98,9 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
 template <typename Input, int kStates16>
 void launch(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
     if (p.has_z || p.runs != nullptr) launch_with<Input, kStates16, true>(p, B, C, segments, stream);
-    else launch_with<Input, kStates16, false>(p, B, C, segments, stream);
+    else if (p.x_words == nullptr) launch_with<Input, kStates16, false>(p, B, C, segments, stream);
+    else if constexpr (kStates16 * 16 <= kMostStatesWithWords)
+        launch_with<Input, kStates16, false, true>(p, B, C, segments, stream);
 }
 
 template <typename Input>

@@ -147,6 +147,8 @@ inline SsdOperand channels_map(const char *name, uint64_t address, int64_t batch
     return o;
 }
 
+constexpr int kMostStatesWithWords = 128;
+
 // The bytes of words that x comes in where no map reads it: all of which lie in its rows of (head, channel), and where
 // a copy of x would take longer. 0: x is copied.
 inline int word_of_x(const Tensor &x) {
@@ -175,7 +177,8 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
         if (z) p.z = map("z", *z);
         return std::nullopt;
     }
-    if (const int word = word_of_x(x); word > 0 && !z && p.runs == nullptr) {
+    const bool may_be_words = !z && p.runs == nullptr && p.dstate <= kMostStatesWithWords;
+    if (const int word = may_be_words ? word_of_x(x) : 0; word > 0) {
         p.x_words = static_cast<const char *>(x.const_data_ptr());
         p.x_strides = {x.stride(0), x.stride(1), x.stride(2)};
         p.x.head = static_cast<int>(heads > 1 ? x.stride(2) : 0);
