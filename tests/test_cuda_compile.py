@@ -95,6 +95,21 @@ def test_ssd_copies_and_stores_whole_pieces(opcodes):
     _assert_all_have(opcodes, "ssd_align", "STG.E.128")
 
 
+@pytest.mark.parametrize("family", ["selective_scan_channels", "ssd_fwd"])
+def test_boxes_are_asked_for_by_one_thread_that_the_compiler_knows(opcodes, family):
+    """Else each copy is a loop over the threads that may ask, 1 to 5 % of the time (docs/measured-facts.md)."""
+    loops = {kernel: n for kernel, counts in opcodes.items() if family in kernel and (n := counts["BRA.U.ANY"])}
+    assert not loops, f"copies of boxes in loops: {loops}"
+
+
+def test_only_the_ssd_that_copies_words_has_asynchronous_copies_of_threads(opcodes):
+    """Else ptxas puts loads that do nothing behind the barriers of all (docs/measured-facts.md)."""
+    copying = {kernel for kernel, counts in opcodes.items()
+               if "ssd_fwd" in kernel and any(one.startswith("LDGSTS") for one in counts)}
+    by_words = {kernel for kernel in opcodes if "ssd_fwd" in kernel and "ELb0ELb1EE" in kernel}
+    assert by_words and copying == by_words
+
+
 def _assert_all_have(opcodes: dict[str, Counter[str]], family: str, opcode: str) -> None:
     without = [kernel for kernel, counts in opcodes.items()
                if family in kernel and not any(one.startswith(opcode) for one in counts)]

@@ -267,11 +267,13 @@ struct ScanStateRows {
             if (tile_at[i] != nullptr)
 #pragma unroll
                 for (int k = 0; k < kPieceSteps; ++k)
-                    *reinterpret_cast<float2 *>(tile_at[i] + Rows::word_of(k, 0)) = make_float2(B[i].get(k), C[i].get(k));
+                    *reinterpret_cast<float2 *>(tile_at[i] + Rows::word_of(k, 0)) =
+                        make_float2(B[i].get(k), C[i].get(k));
     }
 
 private:
-    // `left` steps of a row, and zeros: each one pushes those behind it on. Once a warp, and not to fill the loop with it.
+    // `left` steps of a row, and zeros: each step that is read pushes those behind it on. Not unrolled: the loop over
+    // tiles, which comes here once, is to stay short.
     __device__ __forceinline__ Piece<Input> first_steps(const Input *from) const {
         Piece<Input> piece{};
 #pragma unroll 1

@@ -25,13 +25,17 @@ inline CUtensorMap ssd_map(const char *name, uint64_t address, int dimensions, c
                       box[0] >= 16 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
-// Whether all rows of (batch, time, head or group, element) start at multiples of so many bytes.
-inline bool is_aligned(const Tensor &t, uint64_t bytes) {
+// The addresses at which the parts of a tensor along its first `dimensions` start, or'ed: a power of two that divides
+// this divides them all.
+inline uint64_t bits_of_starts(const Tensor &t, int dimensions) {
     uint64_t bits = address_of(t);
-    for (int i = 0; i < 3; ++i)
+    for (int i = 0; i < dimensions; ++i)
         if (t.size(i) > 1) bits |= static_cast<uint64_t>(t.stride(i)) * 2;
-    return bits % bytes == 0;
+    return bits;
 }
+
+// Whether all rows of (batch, time, head or group, element) start at multiples of so many bytes.
+inline bool is_aligned(const Tensor &t, uint64_t bytes) { return bits_of_starts(t, 3) % bytes == 0; }
 
 // The map of C or B: boxes of the rows that one of `cluster` CTAs brings.
 inline CUtensorMap states_map(const char *name, uint64_t address, int cluster, int64_t batch, int64_t rows,
@@ -155,9 +159,7 @@ inline int word_of_x(const Tensor &x) {
     constexpr int64_t kLeastBytes = 8 << 20;                 // measured on an H200 (docs/measured-facts.md, SSD)
     const int64_t width = (x.size(2) - 1) * x.stride(2) + x.size(3);
     if (x.numel() * 2 < kLeastBytes || x.stride(2) < 0 || width >= int64_t{1} << 31) return 0;
-    uint64_t bits = address_of(x) | static_cast<uint64_t>(width) * 2;
-    for (int i = 0; i < 2; ++i)
-        if (x.size(i) > 1) bits |= static_cast<uint64_t>(x.stride(i)) * 2;
+    const uint64_t bits = bits_of_starts(x, 2) | static_cast<uint64_t>(width) * 2;
     return bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 0;
 }
 
