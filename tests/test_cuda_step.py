@@ -23,6 +23,8 @@ pytestmark = needs_gpu
     {"groups": [1], "headdim": 5120, "dstate": 16, "tied": False, "extras": True, "batch": 7},
     {"groups": [1], "headdim": 75, "dstate": 256, "tied": False, "extras": True, "indexed": True},
     {"groups": [2, 1], "headdim": 7, "dstate": 256, "tied": True, "extras": True, "batch": 1},
+    {"groups": [30], "headdim": 41, "dstate": 25, "tied": True, "extras": True, "batch": 1},
+    {"groups": [80], "headdim": 61, "dstate": 25, "tied": True, "extras": True, "batch": 9},
     {"groups": [75], "headdim": 13, "dstate": 5, "tied": False, "extras": False},
     {"groups": [1], "headdim": 3, "dstate": 1, "tied": False, "extras": True, "batch": 5},
     {"groups": [1], "headdim": 5120, "dstate": 16, "tied": False, "extras": True, "indexed": True, "batch": 100},

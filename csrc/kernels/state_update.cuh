@@ -2,10 +2,11 @@
 //
 //   dt = softplus(dt + bias)      h = exp(dt A) h + dt B x      y = (sum_n C h + D x) silu(z)
 //
-// `lanes` neighbouring threads share a row (slot, head, p) of N states, kStepStates each, moved by accesses of kWidth
-// states: 16 bytes, or single ones where a row of states, A, B or C does not lie on the 16-byte grid. A warp task is kRows
-// such rows for each thread. All loads come first, none under a branch that waits for it; rows that do not exist read
-// a neighbour instead and write nothing.
+// `lanes` neighbouring threads share a row (slot, head, p) of N states, kOwn each, moved by accesses of kWidth states: 16
+// bytes, or single ones where a row of states, A, B or C does not lie on the 16-byte grid. A warp task is kRows such rows
+// for each thread. Where there are few rows, a step takes as long as a thread's instructions before its last load: then
+// kRows is 1, and kOwn as small as 32 lanes allow. All loads come first, none under a branch that waits for it; rows that
+// do not exist read a neighbour instead and write nothing.
 //   kTied (Mamba-2, one dt and A for a head): the rows of a task are kRows places of P, so that B, C and the one
 //   exponential serve them all.
 //   Else (Mamba-1): they are kRows rows of the batch, so that A is read once for them.
@@ -59,7 +60,7 @@ struct StateUpdateParams {
 };
 
 constexpr int kStepThreads = 128;
-constexpr int kStepStates = 8;                               // of one thread
+constexpr int kStepStates = 8, kFewStepStates = 2;           // of one thread; where there are few rows
 
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) StepVector {
@@ -68,22 +69,22 @@ struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) StepVector {
 
 // use(access, its first element, where that lies) for the accesses of kWidth elements that a lane has in a row. One
 // address from the other: at small sizes the step takes as long as its instructions before the last load.
-template <int kWidth, typename T, typename Use>
+template <int kWidth, int kOwn, typename T, typename Use>
 __device__ inline void each_access(T *row, int lane, int lanes, int64_t stride, Use use) {
     const int64_t apart = kWidth > 1 ? kWidth : stride, step = lanes * apart;
     T *at = row + lane * apart;
     int n = lane * kWidth;
 #pragma unroll
-    for (int a = 0; a < kStepStates / kWidth; ++a, n += lanes * kWidth, at += step) use(a, n, at);
+    for (int a = 0; a < kOwn / kWidth; ++a, n += lanes * kWidth, at += step) use(a, n, at);
 }
 
-// kStepStates elements of a row, as they are stored: those of `lane` in accesses of kWidth.
-template <typename T, int kWidth>
+// kOwn elements of a row, as they are stored: those of `lane` in accesses of kWidth.
+template <typename T, int kWidth, int kOwn>
 struct StepStates {
-    StepVector<T, kWidth> part[kStepStates / kWidth];
+    StepVector<T, kWidth> part[kOwn / kWidth];
 
     __device__ void fetch(const T *row, int lane, int lanes, int size, int64_t stride) {
-        each_access<kWidth>(row, lane, lanes, stride, [&](int a, int n, const T *at) {
+        each_access<kWidth, kOwn>(row, lane, lanes, stride, [&](int a, int n, const T *at) {
             if (n < size) part[a] = *reinterpret_cast<const StepVector<T, kWidth> *>(at);
             else part[a] = StepVector<T, kWidth>{};
         });
@@ -91,7 +92,7 @@ struct StepStates {
     __device__ float operator[](int i) const { return to_float(part[i / kWidth].at[i % kWidth]); }
 };
 
-template <typename Input, typename State, int kWidth, int kRows, bool kTied>
+template <typename Input, typename State, int kWidth, int kOwn, int kRows, bool kTied>
 __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_constant__ StateUpdateParams p) {
     constexpr unsigned kAll = 0xffffffffu;
     constexpr int kOthers = kTied ? 1 : kRows;               // different B and C
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
     }
 
     State *row[kRows];
-    StepStates<State, kWidth> old[kRows];
-    StepStates<Input, kWidth> B[kOthers], C[kOthers];
-    StepStates<float, kWidth> A;
+    StepStates<State, kWidth, kOwn> old[kRows];
+    StepStates<Input, kWidth, kOwn> B[kOthers], C[kOthers];
+    StepStates<float, kWidth, kOwn> A;
     Input x[kRows], z[kRows];
     float dt[kOthers], skip[kRows], bias = 0.f, decay = 0.f;
 #pragma unroll
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kStepThreads) state_update_step(const __grid_c
         const float step = dt[shared(r)], current = to_float(x[r]), input = step * current;
         const bool moves = exists[r] && slot[r] >= 0;
         float sum = 0.f;
-        each_access<kWidth>(row[r], lane, lanes, p.state_n_stride, [&](int a, int n, State *at) {
+        each_access<kWidth, kOwn>(row[r], lane, lanes, p.state_n_stride, [&](int a, int n, State *at) {
             StepVector<State, kWidth> fresh;
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {

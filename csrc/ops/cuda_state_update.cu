@@ -19,24 +19,33 @@ StepStrides step_strides(const Tensor &t, bool single_head) {
                        : StepStrides{t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// Rows of a thread, measured at B128: four tied ones (H80 P64 N128: 125 us; two 153, eight 135), else two (D5120 N16: 34 us;
-// one the same, four 40). Single accesses hold each number in a register of its own: two.
-template <typename Input, typename State, int kWidth>
-void launch_step(StateUpdateParams &p, bool tied, cudaStream_t stream) {
-    constexpr int kTiedRows = kWidth > 1 ? 4 : 2, kRows = 2;
+// Of one kind of tasks. False where there are more than `most` warps of them, or lanes too few for a row.
+template <typename Input, typename State, int kWidth, int kOwn, int kRows, bool kTied>
+bool launch_step_of(StateUpdateParams &p, int64_t most, cudaStream_t stream) {
     p.lane_bits = 0;
-    while ((kStepStates << p.lane_bits) < p.dstate) ++p.lane_bits;
-    const int64_t rows = 32 >> p.lane_bits;
-    const int64_t run = tied ? rows * kTiedRows : rows, runs = (p.headdim + run - 1) / run;
-    const int64_t batches = tied ? p.batch : (p.batch + kRows - 1) / kRows, tasks = batches * p.heads * runs;
-    STD_TORCH_CHECK(tasks < int64_t{1} << 31, "shedder_cuda::state_update: the tensors are too large");
+    while ((kOwn << p.lane_bits) < p.dstate) ++p.lane_bits;
+    if (p.lane_bits > 5) return false;
+    const int64_t rows = 32 >> p.lane_bits, run = kTied ? rows * kRows : rows, runs = (p.headdim + run - 1) / run;
+    const int64_t batches = kTied ? p.batch : (p.batch + kRows - 1) / kRows, tasks = batches * p.heads * runs;
+    if (tasks > most) return false;
     p.by_runs = Divisor(static_cast<unsigned>(runs));
     p.by_heads = Divisor(static_cast<unsigned>(p.heads));
     const unsigned blocks = blocks_for(kStepOp, tasks, kStepThreads / 32);
-    if (tied)
-        launch_ctas(state_update_step<Input, State, kWidth, kTiedRows, true>, {blocks, kStepThreads}, stream, p);
-    else
-        launch_ctas(state_update_step<Input, State, kWidth, kRows, false>, {blocks, kStepThreads}, stream, p);
+    launch_ctas(state_update_step<Input, State, kWidth, kOwn, kRows, kTied>, {blocks, kStepThreads}, stream, p);
+    return true;
+}
+
+// Rows of a thread, measured at B128: four tied ones (H80 P64 N128: 125 us; two 153, eight 135), else two (D5120 N16: 34 us;
+// one the same, four 40). Single accesses hold each number in a register of its own: two.
+template <typename Input, typename State, int kWidth>
+void launch_step(StateUpdateParams &p, bool tied, int32_t device, cudaStream_t stream) {
+    constexpr int kTiedRows = kWidth > 1 ? 4 : 2, kRows = 2, kFewOwn = std::max(kWidth, kFewStepStates);
+    constexpr int64_t kFew = 12, kMost = (int64_t{1} << 31) - 1;             // warps of a multiprocessor; of a launch
+    if (tied && launch_step_of<Input, State, kWidth, kFewOwn, 1, true>(p, kFew * multiprocessors(device), stream)) return;
+    const bool launched = tied
+        ? launch_step_of<Input, State, kWidth, kStepStates, kTiedRows, true>(p, kMost, stream)
+        : launch_step_of<Input, State, kWidth, kStepStates, kRows, false>(p, kMost, stream);
+    STD_TORCH_CHECK(launched, "shedder_cuda::state_update: the tensors are too large");
 }
 
 // Rows of the batch for a CTA: so many that all CTAs run at once, where that is possible.
@@ -171,8 +180,8 @@ void state_update(Tensor state, const Tensor &x, const Tensor &dt, const Tensor 
                     default: return launch_channels<Input, State, 0>(p, arguments.device, stream);
                 }
             }
-            if (wide) return launch_step<Input, State, 16 / sizeof(State)>(p, tied, stream);
-            launch_step<Input, State, 1>(p, tied, stream);
+            if (wide) return launch_step<Input, State, 16 / sizeof(State)>(p, tied, arguments.device, stream);
+            launch_step<Input, State, 1>(p, tied, arguments.device, stream);
         });
     });
 }
