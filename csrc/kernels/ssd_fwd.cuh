@@ -53,7 +53,7 @@ struct SsdWeighted {
 
 // h = keep h + weighted^T B, left on its way.
 template <int kStates16, typename Input>
-__device__ __forceinline__ void add_to_state(float *h, const SsdWeighted &weighted, uint64_t B_tile, float keep) {
+__device__ __forceinline__ void add_to_state(float *h, const SsdWeighted &weighted, uint32_t B_tile, float keep) {
     constexpr int kTiles = (kStates16 + 3) / 4, kLast = kStates16 - (kTiles - 1) * 4;
 #pragma unroll
     for (int i = 0; i < kStates16 * 8; ++i) h[i] *= keep;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void add_to_state(float *h, const SsdWeighted &weight
     const auto add = [&](const uint32_t (&x)[4], int k) {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-            const uint64_t b = later(B_tile, tile * kTileBytes + k * 2048);
+            const uint32_t b = later(B_tile, tile * kTileBytes + k * 2048);
             if (tile + 1 < kTiles)
                 wgmma_rs<Input, 64, 1>(h + tile * 32, x, b, true);
             else
@@ -178,8 +178,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
         if (threadIdx.x == 0) release(is_left(of), __float_as_int(-decay));
     };
     auto release_stage = [&](int stage) {                    // to all who copy into it
-        if (p.cluster > 1) barrier_arrive_by_warp(empty_at + stage * 8, lane, p.cluster);
-        else barrier_arrive_by_warp(empty_at + stage * 8, lane);
+        barrier_arrive_by_warp(empty_at + stage * 8, lane, p.cluster);
     };
     // The channels of this thread's rows, and their places in states; found anew at each use: registers are short.
     auto channel_of = [&](const SsdRows &rows, int down) {
@@ -308,8 +307,8 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             y_offset = tile_offset(lane % 8 + 8 * (block >> 1),
                                    warp * 32 + (block & 1) * 16 - pair_rows_of(p, rows, place.rank).turn * 16 & 127);
         auto begin_scores = [&](int stage) {                 // C B^T of a stage, on its way
-            const uint64_t C_tile = descriptor(shared_at + stage * Shared::kStage);
-            const uint64_t B_tile = later(C_tile, Shared::kOperand);
+            const uint32_t C_tile = descriptor(shared_at + stage * Shared::kStage);
+            const uint32_t B_tile = later(C_tile, Shared::kOperand);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kStates16; ++k) {
@@ -334,7 +333,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             // Hidden, else addresses and single bits fill the registers.
             asm volatile("" : "+r"(S_at), "+r"(x_offset), "+r"(y_offset), "+r"(thread), "+r"(seen));
             const int row0 = thread / 32 * 16 + thread / 4 % 8, q = thread % 4;
-            const uint64_t C_tile = descriptor(C_at), B_tile = descriptor(B_at), S_tile = descriptor(scores_at);
+            const uint32_t C_tile = descriptor(C_at), B_tile = descriptor(B_at), S_tile = descriptor(scores_at);
             float y[32];
             if constexpr (!kEarly) take_scores();
             barrier_wait(channels_there + stage * 8, parity);
@@ -482,7 +481,6 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 store_transposed(shared_at + y_tile + y_offset + pair * 2048, pack<Input>(v[0], v[1]),
                                  pack<Input>(v[2], v[3]), pack<Input>(v[4], v[5]), pack<Input>(v[6], v[7]));
             }
-            fence_for_copies();                               // boxes are stored from there, or copied to it
             barrier_arrive_at<kYThere>();
             if constexpr (kEarly) {                          // of the next chunk, or of whatever is there
                 if (left > 1) barrier_wait(states_there + (stage ^ 1) * 8, parity ^ stage);

@@ -296,6 +296,7 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
             const int count = min(p.length - chunk * kChunk, kChunk);
             if (p.y_boxes == SsdBoxesOfY::kHeads) {
                 if (thread == 0) {
+                    fence_for_copies();
                     store_box(p.y_maps, rows.first_channel, rows.head, chunk * kChunk, batch, shared_at + tile_at);
                     wait_for_stores_to_read();
                 }
@@ -305,6 +306,7 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
                                       batch);
             } else {
                 store_rows(y, stride, shared + tile_at, rows.first, count, rows.channels, thread);
+                if constexpr (kExtras) fence_for_copies();       // of z, to the same place
             }
             y += kChunk * stride;
             if constexpr (kExtras) barrier_arrive_by_warp(shared_at + Shared::kIsFree + stage * 8, thread % 32);

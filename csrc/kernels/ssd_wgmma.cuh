@@ -24,16 +24,13 @@ __device__ __forceinline__ uint32_t tile_offset(int row, int byte) {
 }
 
 // Descriptor of an operand that starts at a shared address: 128-byte swizzle, 1024 bytes from one 8 rows to the next.
-// Not wider than one tile along the swizzled dimension, so the leading offset is never used.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-    return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
-}
+// Not wider than one tile along the swizzled dimension, so the leading offset is never used. The lower word: the upper
+// one is the same in all, and put beside it where a product is issued, else the compiler carries additions into it.
+__device__ __forceinline__ uint32_t descriptor(uint32_t address) { return 1u << 16 | (address & 0x3ffff) >> 4; }
+#define SHEDDER_UPPER_WORD "0x40000040"
 
-// The descriptor of an operand `bytes` further on: one addition, since addresses do not carry out of their field.
-__device__ __forceinline__ uint64_t later(uint64_t descriptor, int bytes) {
-    const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
-    return descriptor & 0xffffffff00000000u | low;
-}
+// The descriptor of an operand `bytes` further on.
+__device__ __forceinline__ uint32_t later(uint32_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -60,15 +57,16 @@ __device__ __forceinline__ void pin(float (&r)[kCount]) {
 
 // d (64 x N) = A B + (accumulate ? d : 0); A (64 x 16) in registers, B (16 x N) in shared memory.
 #define SHEDDER_WGMMA_RS(TYPE, N, SUMS, A, FLAG, B, TRANSPOSED, ...)                                               \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG ", 0;\n"                                                \
+    asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, " FLAG ", 0;\n"                                  \
+                 "mov.b64 b, {" B ", " SHEDDER_UPPER_WORD "};\n"                                                   \
                  "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE                                    \
-                 " {" SUMS "}, {" A "}, " B ", p, 1, 1, " TRANSPOSED ";\n}"                                        \
+                 " {" SUMS "}, {" A "}, b, p, 1, 1, " TRANSPOSED ";\n}"                                            \
                  : __VA_ARGS__                                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(static_cast<int>(accumulate)), "l"(b),          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(static_cast<int>(accumulate)), "r"(b),          \
                    "n"(kTransposed))
 
 template <typename T, int kN, int kTransposed>
-__device__ __forceinline__ void wgmma_rs(float *d, const uint32_t *a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_rs(float *d, const uint32_t *a, uint32_t b, bool accumulate) {
     static_assert(kN == 16 || kN == 32 || kN == 48 || kN == 64, "columns of one wgmma");
 #define SHEDDER_BY_WIDTH(TYPE)                                                                                     \
     if constexpr (kN == 64)                                                                                        \
@@ -92,13 +90,15 @@ __device__ __forceinline__ void wgmma_rs(float *d, const uint32_t *a, uint64_t b
 
 // d (64 x 64) = A B^T (+ d), both K-major in shared memory.
 #define SHEDDER_WGMMA_SS(TYPE)                                                                                     \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "."  \
-                 TYPE " {" SHEDDER_R0 "," SHEDDER_R1 "," SHEDDER_R2 "," SHEDDER_R3 "}, %32, %33, p, 1, 1, 0, 0;\n}" \
+    asm volatile("{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %34, 0;\n"                                    \
+                 "mov.b64 a, {%32, " SHEDDER_UPPER_WORD "};\nmov.b64 b, {%33, " SHEDDER_UPPER_WORD "};\n"           \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                        \
+                 " {" SHEDDER_R0 "," SHEDDER_R1 "," SHEDDER_R2 "," SHEDDER_R3 "}, a, b, p, 1, 1, 0, 0;\n}"         \
                  : SHEDDER_OUT8(d, 0), SHEDDER_OUT8(d, 8), SHEDDER_OUT8(d, 16), SHEDDER_OUT8(d, 24)                \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+                 : "r"(a), "r"(b), "r"(static_cast<int>(accumulate)))
 
 template <typename T>
-__device__ __forceinline__ void wgmma_ss(float *d, uint64_t a, uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_ss(float *d, uint32_t a, uint32_t b, bool accumulate) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
         SHEDDER_WGMMA_SS("bf16");
     } else {
