@@ -115,6 +115,8 @@ def ssds(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
     for extras in (False, True):                        # y by the copy engine
         yield ssd(2, 150, 3, 56, 101, extras=extras)
     yield ssd(27, 130, 20, 61, 16, extras=False)                     # a large x, which comes by words
+    yield ssd(30, 150, 5, 32, 100, extras=False)                     # two heads side by side in a consumer's rows
+    yield ssd(20, 150, 7, 16, 128, extras=False)
     yield ssd(1, 1, 4, 64, 128)
     yield ssd(1, 1000, 3, 64, 128)                      # segments
     yield ssd(4, 130, 67, 61, 101, packed=True)         # clusters

@@ -132,6 +132,22 @@ def test_x_and_z_may_lie_differently(headdim, first):
     assert_matches(case)
 
 
+# One consumer takes 64 neighbouring channels, or 32, of two heads: those of whole rows of warps.
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize(("batch", "length", "heads", "headdim"), [
+    (27, 130, 10, 16), (33, 600, 9, 16), (20, 130, 14, 32), (27, 600, 5, 32), (23, 200, 3, 80), (4, 70, 20, 80)])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_channels_of_two_heads_side_by_side(batch, length, heads, headdim, dtype, segments):
+    assert_matches(inputs(batch, length, heads, headdim, 100, dtype, initial=True, channel_D=True), segments)
+
+
+def test_channels_of_two_heads_between_others_in_memory():
+    case = inputs(30, 200, 5, 32, 40)
+    around = torch.full((30, 200, 6 * 32 + 8), torch.nan, dtype=torch.bfloat16, device="cuda")
+    case["x"] = around[..., 24:24 + 5 * 32].unflatten(2, (5, 32)).copy_(case["x"])
+    assert_matches(case)
+
+
 def test_x_of_one_token_may_stand_for_all():
     case = inputs(2, 140, 5, 24, 24)
     case["x"] = case["x"][:, :1].expand(2, 140, 5, 24)
@@ -164,7 +180,7 @@ def test_neighbours_store_into_the_same_words(headdim, first):
 # An H200 holds 264 heads at once, or 132 of many states. What is left over is taken in up to 4 parts, a head of a whole
 # round interrupted for those between, or, where it is more than half, one by one.
 @pytest.mark.parametrize(("batch", "heads"), [(1, 265), (4, 80), (5, 61), (8, 41), (6, 64), (3, 175)])
-@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (16, 200)])
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (16, 200), (32, 96)])
 def test_heads_left_over_are_taken_in_parts(batch, heads, headdim, dstate):
     case = inputs(batch, 650, heads, headdim, dstate, initial=True)
     y, final = run(case)

@@ -36,6 +36,16 @@ struct SsdSource {
     const int32_t *runs;                                     // of the first token; may be null
 };
 
+__device__ __forceinline__ SsdSource source_of(const SsdParams &p, int batch, int head) {
+    SsdSource source;
+    source.A = p.A[head * p.A_stride] * 1.4426950408889634f;
+    source.bias = p.dt_bias == nullptr ? 0.f : p.dt_bias[head * p.dt_bias_stride];
+    source.dt = static_cast<const char *>(p.dt)
+        + (batch * p.dt_strides.batch + head * p.dt_strides.head) * (p.dt_float ? 4 : 2);
+    source.runs = p.runs == nullptr ? nullptr : p.runs + batch * int64_t{p.length};
+    return source;
+}
+
 // dt of two neighbouring tokens in each lane, as it lies in memory: nobody waits for it before it is used.
 __device__ __forceinline__ uint2 fetch_dt(const SsdParams &p, const SsdSource &source, int chunk, int lane) {
     uint32_t raw[2];
@@ -49,7 +59,7 @@ __device__ __forceinline__ uint2 fetch_dt(const SsdParams &p, const SsdSource &s
 }
 
 // The decays of a chunk, by one warp.
-template <typename Input>
+template <typename Input, bool kHasRuns>
 __device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSource &source, int chunk, int lane,
                                                uint2 raw, SsdDecays &to) {
     const auto given = [&](uint32_t raw) { return p.dt_float ? __uint_as_float(raw) : unpack<Input>(raw).x; };
@@ -64,7 +74,7 @@ __device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSour
         if (p.dt_softplus) dt[i] = ssd_softplus(dt[i]);
         dt[i] = dt[i] < p.dt_min ? p.dt_min : dt[i];     // comparisons, so that NaN stays NaN
         dt[i] = dt[i] > p.dt_max ? p.dt_max : dt[i];
-        if (p.runs != nullptr) {
+        if (kHasRuns && p.runs != nullptr) {
             run[i] = source.runs[min(t, p.length - 1)];
             shown[i] = shown[i] && run[i] >= 0;
             run[i] = run[i] < 0 ? ~run[i] : run[i];
@@ -84,7 +94,7 @@ __device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSour
     const float total = __shfl_sync(0xffffffffu, sum, 31);
     const int run_out = __shfl_sync(0xffffffffu, run[1], 31);
     int run_in = 0;                                      // that the state belongs to
-    if (p.runs != nullptr && chunk > 0) run_in = source.runs[chunk * kChunk - 1];
+    if (kHasRuns && p.runs != nullptr && chunk > 0) run_in = source.runs[chunk * kChunk - 1];
     run_in = run_in < 0 ? ~run_in : run_in;
     float from_state[2], to_state[2];
 #pragma unroll

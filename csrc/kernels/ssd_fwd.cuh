@@ -14,7 +14,8 @@
 // channels) and walks along the chunks with h (P x N, fp32) in its registers: h never enters shared memory, since as an
 // operand of h C^T it is converted in place. One warp keeps two chunks of C, B, x and z on their way, through barriers
 // `full` and `empty` of each stage: boxes of 64 columns by tensor maps (TMA), swizzled as wgmma reads them. One
-// prepares decays. Two store y.
+// prepares decays. Two store y. Heads of fewer channels lie side by side in those 64 rows, two at most (kMixed): then
+// S is weighed for each, and each adds to y what its own rows of x ask for.
 //
 // For each chunk and head the kernel reads 32 KB of B and C (N = 128) and 8 KB of x from L2. Where heads start
 // anywhere, the CTAs of a cluster take neighbouring heads in step, and where these read the same group each brings a
@@ -96,12 +97,11 @@ __device__ __forceinline__ void weigh_for_state(const uint32_t (&x)[4][4], SsdWe
         }
 }
 
-// kExtras: z or runs may be given. kWords: x comes by words. A kernel of its own: where there are asynchronous copies of
-// threads, ptxas puts four loads that do nothing behind each barrier.
-template <typename Input, int kStates16, bool kExtras, bool kWords>
+template <typename Input, int kStates16, SsdForm kForm>
 __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid_constant__ SsdParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using Shared = SsdShared<kStates16, kExtras>;
+    using Shared = SsdShared<kStates16, kForm>;
+    constexpr bool kExtras = Shared::kExtras, kMixed = Shared::kMixed, kWords = kForm == SsdForm::kWords;
     extern __shared__ char shared_memory[];
     char *const shared = shared_memory + (-shared_address(shared_memory) & 1023);
     const uint32_t shared_at = shared_address(shared), states_there = shared_at + Shared::kStatesThere,
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
         for (int i = 0; i < kGivenPlaces; ++i) {
             const uint32_t given_at = shared_at + Shared::kGivenThere + i * 8;
             barrier_init(given_at, 1);
-            if (!kExtras) barrier_arrive_expecting(given_at, kGivenBytes);
+            if (Shared::kPairs) barrier_arrive_expecting(given_at, kGivenBytes);
         }
         barriers_are_there();
         wait_for_kernel_before();                            // which may have set the tickets to zeros
@@ -142,13 +142,13 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     wait_for_kernel_before();
     const int role = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (role >= 4) {
-        if constexpr (kSsdCtas<kStates16> == 2) give_registers<kServantRegisters<kExtras>>();
-        if (role < kCopyWarp) store_y<Input, kStates16, kExtras>(p, place, shared, shared_at);
-        else if (kWords && role == kCopyWarp) copy_with_words<kStates16>(p, place, shared_at);
-        else produce<Input, kStates16, kExtras>(p, place, shared, shared_at);
+        if constexpr (kSsdCtas<kStates16> == 2) give_registers<kServantRegisters<Shared>>();
+        if (role < kCopyWarp) store_y<Input, Shared>(p, place, shared, shared_at);
+        else if (kWords && role == kCopyWarp) copy_with_words<Shared>(p, place, shared_at);
+        else produce<Input, Shared>(p, place, shared, shared_at);
         return;
     }
-    if constexpr (kSsdCtas<kStates16> == 2) take_registers<kConsumerRegisters<kExtras>>();
+    if constexpr (kSsdCtas<kStates16> == 2) take_registers<kConsumerRegisters<Shared>>();
     unsigned thread = threadIdx.x;
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = threadIdx.x % 32;
 
@@ -156,26 +156,27 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     // of every 8.
     const int row0 = warp * 16 + lane / 4, q = lane % 4;
     const uint32_t scores_at = shared_at + Shared::kScores;
-    for (int i = threadIdx.x; i < kTileBytes / 16; i += 128)
+    for (int i = threadIdx.x; i < Shared::kHeads * kTileBytes / 16; i += 128)
         reinterpret_cast<uint4 *>(shared + Shared::kScores)[i] = {};
     warpgroup_barrier(1);
     // Rows and columns of 8 x 8 blocks for ldmatrix and stmatrix: `down` rows then columns, `across` columns then rows.
     const int block = lane / 8;
     uint32_t x_offset = tile_offset(lane % 8 + 8 * (block >> 1), warp * 32 + (block & 1) * 16);
     auto rest_of = [&](int stage) { return shared_at + Shared::kRest + stage * Shared::kInputs * kRestBytes; };
-    auto decays_of = [&](int stage) -> const SsdDecays & {
-        return reinterpret_cast<const SsdDecays *>(shared + Shared::kDecays)[stage];
+    auto decays_of = [&](int stage, int head) -> const SsdDecays & {
+        return reinterpret_cast<const SsdDecays *>(shared + Shared::kDecays)[stage * Shared::kHeads + head];
     };
-    // A state that a CTA leaves, and minus the decay over the segment that it ends, which is not 0 once it is there.
-    auto carry = [&](int of) { return p.carry + of * int64_t{kStates16 * 8 * 128} + threadIdx.x; };
+    // A state that a CTA leaves, and the decay of each thread's rows over the segment that it ends.
+    auto carry = [&](int of) { return p.carry + of * int64_t{kCarryFloats<kStates16>} + threadIdx.x; };
     auto is_left = [&](int of) { return p.tickets + 1 + of; };
     auto leave = [&](const float *h, int of, float decay) {
         float *const to = carry(of);
 #pragma unroll
         for (int i = 0; i < kStates16 * 8; ++i) __stcg(to + i * 128, h[i]);
+        __stcg(to + kStates16 * 8 * 128, decay);
         __threadfence();
         warpgroup_barrier(1);
-        if (threadIdx.x == 0) release(is_left(of), __float_as_int(-decay));
+        if (threadIdx.x == 0) release(is_left(of), 1);
     };
     auto release_stage = [&](int stage) {                    // to all who copy into it
         barrier_arrive_by_warp(empty_at + stage * 8, lane, p.cluster);
@@ -198,12 +199,15 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
         const SsdPiece piece = piece_of(p, place, index);
         const bool local = p.segment_chunks > 0 && piece.leaves >= 0;
         const SsdRows rows = rows_of<kExtras>(p, piece.state);
+        const SsdHeads heads = heads_of<kMixed>(p, rows);
+        int own_head = 0;                                    // which of them this warp's rows belong to
+        if (kMixed) own_head = min((rows.first_channel + warp * 16) / p.mixed - heads.first, heads.count - 1);
         // Fragments of x or z: channels by tokens.
         auto load_channels = [&](uint32_t (&to)[4][4], uint32_t tile_at, uint32_t rest_at) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) load_transposed(to[k], tile_at + x_offset + k * 2048);
             const int lane = thread % 32;
-            if (rows.rest && warp == 0) {                    // before the first channel: the last ones
+            if (Shared::kHasRest && rows.rest && warp == 0) {            // before the first channel: the last ones
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     uint32_t rest[4];
@@ -259,9 +263,8 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 for (int i = 0; i < piece.taken; ++i) {
                     const int from = piece.takes - i * piece.apart;
                     const float *const state = carry(from);
-                    const float of_segment = -__int_as_float(__ldcg(is_left(from)));
                     add(decay, [&](int i) { return make_float2(__ldcg(state + i * 128), __ldcg(state + (i + 1) * 128)); });
-                    decay *= of_segment;
+                    decay *= __ldcg(state + kStates16 * 8 * 128);
                 }
             }
             if (!leaves) break;
@@ -270,7 +273,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             for (int chunk = piece.first; chunk < piece.last; ++chunk) {
                 const uint32_t B_at = shared_at + stage * Shared::kStage + Shared::kOperand;
                 const uint32_t x_at = B_at + Shared::kOperand;
-                const SsdDecays &decays = decays_of(stage);
+                const SsdDecays &decays = decays_of(stage, own_head);
                 barrier_wait(states_there + stage * 8, parity);
                 barrier_wait(channels_there + stage * 8, parity);
                 SsdWeighted weighted;
@@ -289,10 +292,13 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
 
         float skip[2] = {0.f, 0.f};
         if (p.D != nullptr)
+#pragma unroll
             for (int i = 0; i < 2; ++i)
-                if (exists(rows, 8 * i))
-                    skip[i] = p.D[rows.head * p.D_head_stride
-                                  + (rows.first_channel + channel_of(rows, 8 * i)) * p.D_channel_stride];
+                if (exists(rows, 8 * i)) {
+                    int head = rows.head, channel = rows.first_channel + channel_of(rows, 8 * i);
+                    if (kMixed) head = channel / p.mixed, channel %= p.mixed;
+                    skip[i] = p.D[head * p.D_head_stride + channel * p.D_channel_stride];
+                }
 
         uint32_t seen = 0;                                       // which of S's elements are not of a later token
 #pragma unroll
@@ -303,7 +309,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
         uint32_t S_at = scores_at + tile_offset(warp * 16 + lane % 8 + 8 * (block & 1), (block >> 1) * 16);
         float S[32];
         uint32_t y_offset = x_offset;
-        if (!kExtras && p.y_boxes == SsdBoxesOfY::kPairs)    // whole pieces first
+        if (Shared::kPairs && p.y_boxes == SsdBoxesOfY::kPairs)     // whole pieces first
             y_offset = tile_offset(lane % 8 + 8 * (block >> 1),
                                    warp * 32 + (block & 1) * 16 - pair_rows_of(p, rows, place.rank).turn * 16 & 127);
         auto begin_scores = [&](int stage) {                 // C B^T of a stage, on its way
@@ -324,52 +330,43 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             pin(S);
         };
         constexpr bool kEarly = kStates16 <= 8;              // S while the y before leaves; else registers are short
+        // x while S is waited for: two loads in turn, the branch between which keeps others waiting (measured on an H200).
+        constexpr bool kLoadsEarly = kEarly && Shared::kHasRest && !kExtras;
         if constexpr (kEarly) take_scores();
 #pragma unroll 1
         for (int left = piece.last - piece.first; left > 0; --left) {
             const uint32_t C_at = shared_at + stage * Shared::kStage, B_at = C_at + Shared::kOperand;
             const uint32_t x_at = B_at + Shared::kOperand;
-            const SsdDecays &decays = decays_of(stage);
+            const SsdDecays &decays = decays_of(stage, own_head);
             // Hidden, else addresses and single bits fill the registers.
-            asm volatile("" : "+r"(S_at), "+r"(x_offset), "+r"(y_offset), "+r"(thread), "+r"(seen));
+            asm volatile("" : "+r"(S_at), "+r"(x_offset), "+r"(thread), "+r"(seen));
+            if (Shared::kPairs) asm volatile("" : "+r"(y_offset));
+            else y_offset = x_offset;
             const int row0 = thread / 32 * 16 + thread / 4 % 8, q = thread % 4;
             const uint32_t C_tile = descriptor(C_at), B_tile = descriptor(B_at), S_tile = descriptor(scores_at);
             float y[32];
             if constexpr (!kEarly) take_scores();
             barrier_wait(channels_there + stage * 8, parity);
-            const float s_row[2] = {decays.s[row0], decays.s[row0 + 8]};
+            uint32_t x16[4][4];
+            if constexpr (kLoadsEarly) load_channels(x16, x_at, rest_of(stage));
+            const SsdDecays &first_decays = decays_of(stage, 0);
+            auto s_rows_of = [&](const SsdDecays &decays) { return make_float2(decays.s[row0], decays.s[row0 + 8]); };
+            const float2 s_rows = s_rows_of(first_decays);
             if constexpr (kEarly) {
                 wgmma_wait<0>();
                 pin(S);
             }
             if (kExtras && p.runs != nullptr) {
-                const int run[2] = {decays.run[row0] >> 1, decays.run[row0 + 8] >> 1};
+                const int *const of = decays.run, run[2] = {of[row0] >> 1, of[row0 + 8] >> 1};
 #pragma unroll
                 for (int i = 0; i < 32; ++i)
-                    if (decays.run[i / 4 * 8 + 2 * q + i % 2] >> 1 != run[i / 2 % 2]) S[i] = 0.f;
+                    if (of[i / 4 * 8 + 2 * q + i % 2] >> 1 != run[i / 2 % 2]) S[i] = 0.f;
             }
-            auto store_pair = [&](int pair) {
-                const float *v = S + pair * 8;
-                store_blocks(S_at ^ pair * 32, pack<Input>(v[0], v[1]), pack<Input>(v[2], v[3]),
-                             pack<Input>(v[4], v[5]), pack<Input>(v[6], v[7]));
-            };
-            // 16 columns, some of later tokens than their rows.
-            auto weigh_masked = [&](int pair) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const float2 of = reinterpret_cast<const float2 *>(decays.columns)[pair * 8 + half * 4 + q];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        float &v = S[pair * 8 + half * 4 + i];
-                        v *= exp2_fast(s_row[i / 2] - (i % 2 ? of.y : of.x));
-                        v = seen >> (pair * 8 + half * 4 + i) & 1 ? v : 0.f;
-                    }
-                }
-            };
-            // The columns of this warp's 16 rows, and those before them, whose exponentials fall apart into one for a
-            // row and one for a column. The others stay 0.
-            auto weigh = [&](auto before) {
+            // S as the decays of a head weigh it, to a tile: the columns of this warp's 16 rows, some of later tokens,
+            // and those before them, whose exponentials fall apart into one for a row and one for a column.
+            auto weigh_of_warp = [&](const SsdDecays &decays, float2 s_rows, float (&weighted)[32], uint32_t to, auto before) {
                 constexpr int kBefore = decltype(before)::value;
+                const float s_row[2] = {s_rows.x, s_rows.y};
 #pragma unroll
                 for (int pair = 0; pair < kBefore; ++pair) {
                     const float anchor = decays.s[pair * 16 + 15];
@@ -378,24 +375,47 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                     for (int half = 0; half < 2; ++half) {
                         const float2 of = reinterpret_cast<const float2 *>(decays.anchored)[pair * 8 + half * 4 + q];
 #pragma unroll
-                        for (int i = 0; i < 4; ++i)
-                            S[pair * 8 + half * 4 + i] *= (i % 2 ? of.y : of.x) * of_row[i / 2];
+                        for (int j = 0; j < 4; ++j) {
+                            const int i = pair * 8 + half * 4 + j;
+                            weighted[i] = S[i] * ((j % 2 ? of.y : of.x) * of_row[j / 2]);
+                        }
                     }
                 }
-                weigh_masked(kBefore);
 #pragma unroll
-                for (int pair = 0; pair <= kBefore; ++pair) store_pair(pair);
+                for (int half = 0; half < 2; ++half) {
+                    const float2 of = reinterpret_cast<const float2 *>(decays.columns)[kBefore * 8 + half * 4 + q];
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const int i = kBefore * 8 + half * 4 + j;
+                        const float v = S[i] * exp2_fast(s_row[j / 2] - (j % 2 ? of.y : of.x));
+                        weighted[i] = seen >> i & 1 ? v : 0.f;
+                    }
+                }
+#pragma unroll
+                for (int pair = 0; pair <= kBefore; ++pair) {
+                    const float *v = weighted + pair * 8;
+                    store_blocks(to ^ pair * 32, pack<Input>(v[0], v[1]), pack<Input>(v[2], v[3]),
+                                 pack<Input>(v[4], v[5]), pack<Input>(v[6], v[7]));
+                }
             };
-            if (warp & 2) {
-                if (warp & 1) weigh(std::integral_constant<int, 3>{});
-                else weigh(std::integral_constant<int, 2>{});
-            } else {
-                if (warp & 1) weigh(std::integral_constant<int, 1>{});
-                else weigh(std::integral_constant<int, 0>{});
+            auto weigh_scores = [&](const SsdDecays &decays, float2 s_rows, float (&weighted)[32], uint32_t to) {
+                if (warp & 2) {
+                    if (warp & 1) weigh_of_warp(decays, s_rows, weighted, to, std::integral_constant<int, 3>{});
+                    else weigh_of_warp(decays, s_rows, weighted, to, std::integral_constant<int, 2>{});
+                } else {
+                    if (warp & 1) weigh_of_warp(decays, s_rows, weighted, to, std::integral_constant<int, 1>{});
+                    else weigh_of_warp(decays, s_rows, weighted, to, std::integral_constant<int, 0>{});
+                }
+            };
+            if (kMixed) {
+                const SsdDecays &last_decays = decays_of(stage, heads.count - 1);
+                float weighted[32];
+                weigh_scores(last_decays, s_rows_of(last_decays), weighted, S_at + kTileBytes);
             }
+            weigh_scores(first_decays, s_rows, S, S_at);
             fence_for_copies();
 
-            // h C^T: on its way while x is weighted, or, where registers are too few for both, a few states at a time.
+            // h C^T: on its way while x is loaded, or, where registers are too few for both, a few states at a time.
             constexpr bool kAtOnce = kStates16 <= 8;
             constexpr int kBatch = kAtOnce ? kStates16 : 4;
             uint32_t h16[kBatch][4];
@@ -413,10 +433,9 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 wgmma_commit();
             };
             add_states(0);
-            uint32_t x16[4][4];
             SsdWeighted weighted;
             if constexpr (kAtOnce) {
-                load_channels(x16, x_at, rest_of(stage));
+                if constexpr (!kLoadsEarly) load_channels(x16, x_at, rest_of(stage));
                 weigh_for_state<Input>(x16, weighted, decays, q);
             }
             wgmma_wait<0>();
@@ -428,7 +447,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 pin(y);
             }
             if constexpr (!kAtOnce) {
-                load_channels(x16, x_at, rest_of(stage));
+                if constexpr (!kLoadsEarly) load_channels(x16, x_at, rest_of(stage));
                 weigh_for_state<Input>(x16, weighted, decays, q);
             }
 #pragma unroll
@@ -445,9 +464,19 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                     }
                 }
             warpgroup_barrier(1);                            // S is there
-            wgmma_fence();
+            // y += x^T S^T; of mixed rows once for each head, zeros for the rows of the other.
+            auto add_scores = [&](uint32_t S_tile, bool own) {
+                uint32_t x[4][4];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) wgmma_rs<Input, 64, 0>(y, x16[k], later(S_tile, k * 32), true);
+                for (int k = 0; k < 4; ++k)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) x[k][i] = !kMixed || own ? x16[k][i] : 0;
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; ++k) wgmma_rs<Input, 64, 0>(y, x[k], later(S_tile, k * 32), true);
+            };
+            add_scores(S_tile, own_head == 0);
+            if (kMixed) add_scores(later(S_tile, kTileBytes), own_head == 1);
             wgmma_commit();
 
             // Read now, so that h is not scaled before these products are on their way.

@@ -37,7 +37,7 @@ enum class SsdBoxesOfY : int {
 struct SsdParams {
     CUtensorMap C, B;                                        // (batch, group, row, state): Input; a share of 64 rows
     SsdOperand x, z;                                         // Input; z where has_z
-    CUtensorMap y_maps[3];                                   // kHeads: the first, (batch, token, head, channel).
+    CUtensorMap y_maps[3];                                   // kHeads: the first, (batch, token, y_columns each, column).
                                                              // kPairs: (batch, token, 0, column), in boxes of one
                                                              // piece fewer than headdim / 8, of as many, of one more
     bool has_z;
@@ -49,15 +49,18 @@ struct SsdParams {
     const int32_t *head_to_group;
     void *y;                                                 // (batch, time, head, channel)
     SsdBoxesOfY y_boxes;
+    int y_columns;                                           // kHeads: that boxes end with, a head or a tile
     float *final_states;                                     // (batch, head, channel, state); may be null
     float *carry;                                            // states that CTAs leave to others, or to themselves
-    int32_t *tickets;                                        // zeros: the next ticket, then for each state, once it is
-                                                             // left, minus its segment's decay, as a float
+    int32_t *tickets;                                        // zeros: the next ticket, then for each state 1, once it
+                                                             // is left
     SsdStrides dt_strides;
     int64_t A_stride, D_head_stride, D_channel_stride, dt_bias_stride;
     float dt_min, dt_max;
     int length, heads, headdim, dstate;
-    int tiles;                                               // of 64 channels in a head
+    int mixed;                                               // channels of each head, where the channels of all heads
+                                                             // are taken for those of one; else 0
+    int tile, tiles;                                         // channels in a tile, 64 at most; tiles of a head
     int states;                                              // batch * heads * tiles
     int cluster;                                             // CTAs that take neighbouring states, a unit of them
     int units;                                               // of states; the last may repeat its last state
@@ -150,8 +153,8 @@ __device__ __forceinline__ SsdRows rows_of(const SsdParams &p, int state) {
     const int in_batch = p.heads * p.tiles, batch = state / in_batch, tile = state % in_batch;
     SsdRows rows;
     rows.head = tile / p.tiles;
-    rows.first_channel = tile % p.tiles * 64;
-    rows.channels = min(p.headdim - rows.first_channel, 64);
+    rows.first_channel = tile % p.tiles * p.tile;
+    rows.channels = min(p.headdim - rows.first_channel, p.tile);
     auto column_of = [&](const SsdOperand &from) {
         return from.first + batch * from.batch + rows.head * from.head + rows.first_channel;
     };
@@ -160,6 +163,18 @@ __device__ __forceinline__ SsdRows rows_of(const SsdParams &p, int state) {
     rows.first = rows.x & p.x.piece - 1;
     rows.rest = rows.first + rows.channels > 64;
     return rows;
+}
+
+// The heads that have channels among those of a state.
+struct SsdHeads {
+    int first, count;
+};
+
+template <bool kMixed>
+__device__ __forceinline__ SsdHeads heads_of(const SsdParams &p, const SsdRows &rows) {
+    if (!kMixed) return {rows.head, 1};
+    const int first = rows.first_channel / p.mixed;
+    return {first, (rows.first_channel + rows.channels - 1) / p.mixed - first + 1};
 }
 
 // The whole pieces of 16 bytes in memory that a CTA of a pair stores of each row of y. The first one gives the end of

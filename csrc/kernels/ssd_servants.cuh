@@ -17,19 +17,34 @@ constexpr int kRestBytes = kTileRows * 16;                    // of a box of the
 constexpr int kYTaken = 2, kYThere = 3;                      // named barriers of the consumer and who stores y
 constexpr int kGivenBytes = kChunk * 16, kGivenPlaces = 4;   // of a chunk of y, from one head to the next
 
-template <int kStates16, bool kExtras>
+// What a call asks for, each by a kernel of its own: what one needs costs the others time.
+enum class SsdForm : int {
+    kPlain,                                                  // heads start where boxes of x do
+    kAnywhere,                                               // or not, and neighbours may store y together
+    kExtras,                                                 // z or runs, heads anywhere
+    kWords,                                                  // x by words: where there are asynchronous copies of threads,
+                                                             // ptxas puts four loads that do nothing behind each barrier
+    kMixed,                                                  // channels of two heads in the 64 rows of a consumer
+};
+
+template <int kStates16_, SsdForm kForm>
 struct SsdShared {
+    static constexpr int kStates16 = kStates16_;
+    static constexpr bool kExtras = kForm == SsdForm::kExtras, kMixed = kForm == SsdForm::kMixed,
+                          kPairs = kForm == SsdForm::kAnywhere,
+                          kHasRest = kPairs || kExtras || kForm == SsdForm::kWords;      // columns behind boxes of x
     static constexpr int kTiles = (kStates16 + 3) / 4;       // of 64 states
     static constexpr int kInputs = kExtras ? 2 : 1;          // x, z
+    static constexpr int kHeads = kMixed ? 2 : 1;
     static constexpr int kOperand = kTiles * kTileBytes;     // B or C
     static constexpr int kStage = 2 * kOperand + kInputs * kTileBytes;      // C, B, x, z
-    static constexpr int kScores = kStages * kStage;         // S
-    static constexpr int kY = kScores + kTileBytes;          // y, where z does not leave its tile to it
+    static constexpr int kScores = kStages * kStage;         // S of each head
+    static constexpr int kY = kScores + kHeads * kTileBytes;          // y, where z does not leave its tile to it
     static constexpr int kRest = kY + (kExtras ? 0 : kTileBytes);            // of x, z of each stage
-    static constexpr int kDecays = kRest + kStages * kInputs * kRestBytes;
-    static constexpr int kGiven = kDecays + kStages * sizeof(SsdDecays);     // where z does not leave its tile to y
+    static constexpr int kDecays = kRest + (kHasRest ? kStages * kInputs * kRestBytes : 0);  // of each stage and head
+    static constexpr int kGiven = kDecays + kStages * kHeads * sizeof(SsdDecays);
     // Barriers of each stage: C and B are there; the rest is; all is free. Of each place of kGiven.
-    static constexpr int kStatesThere = kGiven + (kExtras ? 0 : kGivenPlaces * kGivenBytes);
+    static constexpr int kStatesThere = kGiven + (kPairs ? kGivenPlaces * kGivenBytes : 0);
     static constexpr int kChannelsThere = kStatesThere + kStages * 8, kIsFree = kChannelsThere + kStages * 8;
     static constexpr int kGivenThere = kIsFree + kStages * 8;
     static constexpr int kPlace = kGivenThere + kGivenPlaces * 8;
@@ -39,13 +54,16 @@ struct SsdShared {
 // CTAs of a multiprocessor. Where there are two, the consumer takes registers of the other warps.
 template <int kStates16>
 constexpr int kSsdCtas = kStates16 <= 8 ? 2 : 1;
+// Of a state that waits in `carry`: fragments of 128 threads, and a decay of each.
+template <int kStates16>
+constexpr int kCarryFloats = (kStates16 * 8 + 1) * 128;
 // Warps 4 and 5 store y, which is the most work beside the products: on the schedulers of the consumer's warps that
 // have the fewest scores. 6 copies, 7 prepares decays.
 constexpr int kCopyWarp = 6;
-template <bool kExtras>
-constexpr int kServantRegisters = kExtras ? 56 : 48;
-template <bool kExtras>
-constexpr int kConsumerRegisters = kExtras ? 200 : 208;
+template <typename Shared>
+constexpr int kServantRegisters = Shared::kExtras ? 56 : 48;
+template <typename Shared>
+constexpr int kConsumerRegisters = 256 - kServantRegisters<Shared>;
 
 // Shares of the rows of B and C that a CTA brings: all of them, or one that goes to all CTAs of its cluster.
 struct SsdShares {
@@ -104,9 +122,8 @@ __device__ __forceinline__ void copy_words(const char *x, int64_t pitch, int wor
 }
 
 // The warp that copies, where x comes by words.
-template <int kStates16>
+template <typename Shared>
 __device__ __forceinline__ void copy_with_words(const SsdParams &p, const SsdPlace &place, uint32_t shared_at) {
-    using Shared = SsdShared<kStates16, false>;
     const int lane = threadIdx.x % 32;
     int stage = 0;
     uint32_t parity = 1;
@@ -145,9 +162,9 @@ __device__ __forceinline__ void copy_with_words(const SsdParams &p, const SsdPla
 }
 
 // A warp that copies, and one that prepares decays.
-template <typename Input, int kStates16, bool kExtras>
+template <typename Input, typename Shared>
 __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &place, char *shared, uint32_t shared_at) {
-    using Shared = SsdShared<kStates16, kExtras>;
+    constexpr bool kExtras = Shared::kExtras;
     const bool copies = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == kCopyWarp;
     const int lane = threadIdx.x % 32;
     const bool has_z = kExtras && p.has_z;
@@ -163,6 +180,7 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
             if (!one_of_warp()) continue;
             const SsdRows rows = rows_of<kExtras>(p, piece.state);
             const SsdShares shares = shares_of(p, place.rank, piece.unit);
+            const bool has_rest = Shared::kHasRest && rows.rest;
 #pragma unroll 1
             for (int local = is_local; local >= 0; --local)
 #pragma unroll 1
@@ -175,35 +193,37 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
                                    channels_there = shared_at + Shared::kChannelsThere + stage * 8;
                     barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
                     copy_states<Shared>(p, shares, group, batch, local, chunk, stage_at, states_there);
-                    barrier_arrive_expecting(channels_there, operands * (kTileBytes + rows.rest * kRestBytes));
+                    barrier_arrive_expecting(channels_there, operands * (kTileBytes + has_rest * kRestBytes));
 #pragma unroll 1
                     for (int operand = 0; operand < operands; ++operand) {
                         const SsdOperand &from = operand == 0 ? p.x : p.z;
                         const int column = (operand == 0 ? rows.x : rows.z) & ~7, entry = batch * from.batches;
                         copy_box(x_at + operand * kTileBytes, &from.map, column, chunk * kChunk, entry, channels_there);
-                        if (rows.rest)
+                        if (has_rest)
                             copy_box(rest_at + operand * kRestBytes, &from.rest, column + 64, chunk * kChunk, entry,
                                      channels_there);
                     }
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
         } else {
-            SsdSource source;
-            source.A = p.A[head * p.A_stride] * 1.4426950408889634f;
-            source.bias = p.dt_bias == nullptr ? 0.f : p.dt_bias[head * p.dt_bias_stride];
-            source.dt = static_cast<const char *>(p.dt)
-                + (batch * p.dt_strides.batch + head * p.dt_strides.head) * (p.dt_float ? 4 : 2);
-            source.runs = p.runs == nullptr ? nullptr : p.runs + batch * int64_t{p.length};
+            const SsdHeads heads = heads_of<Shared::kMixed>(p, rows_of<kExtras>(p, piece.state));
+            SsdSource source = source_of(p, batch, heads.first);
 #pragma unroll 1
             for (int local = is_local; local >= 0; --local) {
                 uint2 next = fetch_dt(p, source, piece.first, lane);
 #pragma unroll 1
                 for (int chunk = piece.first; chunk < piece.last; ++chunk) {
-                    const uint2 dt = next;
-                    next = fetch_dt(p, source, chunk + 1, lane);
-                    barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
-                    prepare_decays<Input>(p, source, chunk, lane, dt,
-                                          reinterpret_cast<SsdDecays *>(shared + Shared::kDecays)[stage]);
+                    SsdDecays *const decays = reinterpret_cast<SsdDecays *>(shared + Shared::kDecays) + stage * Shared::kHeads;
+#pragma unroll 1
+                    for (int i = 0; i < heads.count; ++i) {
+                        const SsdSource current = source;
+                        const uint2 dt = next;
+                        const bool last = i + 1 == heads.count;
+                        if (Shared::kMixed) source = source_of(p, batch, heads.first + (last ? 0 : i + 1));
+                        next = fetch_dt(p, source, chunk + last, lane);
+                        if (i == 0) barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
+                        prepare_decays<Input, kExtras>(p, current, chunk, lane, dt, decays[i]);
+                    }
                     barrier_arrive_by_warp(shared_at + Shared::kChannelsThere + stage * 8, lane);
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
@@ -216,11 +236,10 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
 // Neither waits for room: the second has released the stage of chunk n - 2 when the first has found y of n, so what it
 // was given of n - 3 is stored. Then stores `count` rows at `y`, the first channel of the first. By the two warps that
 // store y.
-template <int kStates16>
+template <typename Shared>
 __device__ __forceinline__ void store_pair(const SsdParams &p, const SsdPairRows &pair, int rank, unsigned chunks,
                                            char *shared, uint32_t shared_at, unsigned thread, char *y, int64_t stride,
                                            int count, int chunk, int batch) {
-    using Shared = SsdShared<kStates16, false>;
     const unsigned place = chunks % kGivenPlaces;
     char *const tile = shared + Shared::kY;
     char *const given_at = shared + Shared::kGiven + place * kGivenBytes + thread * 16;
@@ -271,9 +290,9 @@ __device__ __forceinline__ void store_pair(const SsdParams &p, const SsdPairRows
 }
 
 // Two warps that store y.
-template <typename Input, int kStates16, bool kExtras>
+template <typename Input, typename Shared>
 __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &place, char *shared, uint32_t shared_at) {
-    using Shared = SsdShared<kStates16, kExtras>;
+    constexpr bool kExtras = Shared::kExtras;
     unsigned thread = threadIdx.x % 64;
     const int64_t stride = int64_t{p.heads} * p.headdim * 2;
     int stage = 0;
@@ -284,8 +303,9 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
         const SsdRows rows = rows_of<kExtras>(p, piece.state);
         const SsdPairRows pair = pair_rows_of(p, rows, place.rank);
         const int batch = piece.state / (p.heads * p.tiles);
-        char *y = static_cast<char *>(p.y) + (batch * int64_t{p.length} + piece.first * kChunk) * stride
-            + (rows.head * p.headdim + rows.first_channel) * 2;
+        const int column = rows.head * p.headdim + rows.first_channel, y_part = column / p.y_columns,
+                  y_column = column - y_part * p.y_columns;  // in parts of y_columns
+        char *y = static_cast<char *>(p.y) + (batch * int64_t{p.length} + piece.first * kChunk) * stride + column * 2;
         if (p.segment_chunks > 0 && piece.leaves >= 0) stage = (stage + piece.last - piece.first) % kStages;
 #pragma unroll 1
         for (int chunk = piece.first; chunk < piece.last; ++chunk) {
@@ -297,13 +317,14 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
             if (p.y_boxes == SsdBoxesOfY::kHeads) {
                 if (thread == 0) {
                     fence_for_copies();
-                    store_box(p.y_maps, rows.first_channel, rows.head, chunk * kChunk, batch, shared_at + tile_at);
+                    store_box(p.y_maps, y_column, y_part, chunk * kChunk, batch, shared_at + tile_at);
                     wait_for_stores_to_read();
                 }
                 __syncwarp();
-            } else if (!kExtras && p.y_boxes == SsdBoxesOfY::kPairs) {
-                store_pair<kStates16>(p, pair, place.rank, chunks++, shared, shared_at, thread, y, stride, count, chunk,
-                                      batch);
+            } else if (Shared::kPairs && p.y_boxes == SsdBoxesOfY::kPairs) {
+                if constexpr (Shared::kPairs)
+                    store_pair<Shared>(p, pair, place.rank, chunks++, shared, shared_at, thread, y, stride, count, chunk,
+                                       batch);
             } else {
                 store_rows(y, stride, shared + tile_at, rows.first, count, rows.channels, thread);
                 if constexpr (kExtras) fence_for_copies();       // of z, to the same place

@@ -44,6 +44,24 @@ int best_cluster(const SsdParams &p, bool copied, const Tensor &x, const MaybeTe
     return anywhere && p.states >= 2 * multiprocessors(x.get_device_index()) ? 2 : 1;
 }
 
+constexpr int kMostStatesMixed = 128;
+
+// Takes the channels of all heads for those of one, in tiles that hold channels of two heads, where there are more heads
+// than multiprocessors, and these tiles are so much fewer that a chunk of theirs may take 1.27 times as long (measured
+// on an H200). The 16 rows of a warp are of one head.
+void mix_heads(SsdParams &p, int64_t batch, int64_t groups, int processors) {
+    const bool can = groups == 1 && p.heads > 1 && !p.has_z && p.runs == nullptr && p.dstate <= kMostStatesMixed
+        && p.headdim % 16 == 0 && p.x_words == nullptr && p.x.first == 0 && p.x.batch % 8 == 0 && p.x.head == p.headdim;
+    const int channels = p.heads * p.headdim, tile = std::min(2 * p.headdim, 64), tiles = (channels + tile - 1) / tile;
+    if (!can || p.states <= processors || tiles > 0.7 * p.heads * p.tiles) return;
+    p.mixed = p.headdim;
+    p.headdim = channels;
+    p.heads = 1;
+    p.tile = tile;
+    p.tiles = tiles;
+    p.states = static_cast<int>(batch * tiles);
+}
+
 // In how many parts a unit is taken that is left over after the last full round: as many as there are clusters for,
 // where the parts are long enough.
 int best_parts(int left, int slots, int chunks) {
@@ -52,10 +70,10 @@ int best_parts(int left, int slots, int chunks) {
     return parts < 2 ? 0 : parts;
 }
 
-template <typename Input, int kStates16, bool kExtras, bool kWords = false>
+template <typename Input, int kStates16, SsdForm kForm>
 void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
-    constexpr int kShared = SsdShared<kStates16, kExtras>::kBytes;
-    const auto kernel = ssd_fwd<Input, kStates16, kExtras, kWords>;
+    constexpr int kShared = SsdShared<kStates16, kForm>::kBytes;
+    const auto kernel = ssd_fwd<Input, kStates16, kForm>;
     const cudaError_t allowed =                              // of this device; each time, since it costs little
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
     STD_TORCH_CHECK(allowed == cudaSuccess, "shedder_cuda::ssd: ", cudaGetErrorString(allowed));
@@ -85,7 +103,7 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
     places *= p.cluster;
     MaybeTensor carry, tickets;                    // freed by torch in the order of the stream
     if (places > 0) {
-        carry = torch::stable::new_empty(B, {places * kStates16 * 8 * 128}, ScalarType::Float);
+        carry = torch::stable::new_empty(B, {places * kCarryFloats<kStates16>}, ScalarType::Float);
         tickets = torch::stable::new_empty(B, {1 + places}, ScalarType::Int);
         p.carry = static_cast<float *>(carry->mutable_data_ptr());
         p.tickets = static_cast<int32_t *>(tickets->mutable_data_ptr());
@@ -97,10 +115,14 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
 
 template <typename Input, int kStates16>
 void launch(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
-    if (p.has_z || p.runs != nullptr) launch_with<Input, kStates16, true>(p, B, C, segments, stream);
-    else if (p.x_words == nullptr) launch_with<Input, kStates16, false>(p, B, C, segments, stream);
-    else if constexpr (kStates16 * 16 <= kMostStatesWithWords)
-        launch_with<Input, kStates16, false, true>(p, B, C, segments, stream);
+    if (p.has_z || p.runs != nullptr) return launch_with<Input, kStates16, SsdForm::kExtras>(p, B, C, segments, stream);
+    if constexpr (kStates16 * 16 <= kMostStatesWithWords)
+        if (p.x_words != nullptr) return launch_with<Input, kStates16, SsdForm::kWords>(p, B, C, segments, stream);
+    if constexpr (kStates16 * 16 <= kMostStatesMixed)
+        if (p.mixed > 0) return launch_with<Input, kStates16, SsdForm::kMixed>(p, B, C, segments, stream);
+    const bool anywhere = p.x.first != 0 || p.x.batch % 8 != 0 || (p.heads > 1 && p.x.head % 8 != 0);
+    if (anywhere) return launch_with<Input, kStates16, SsdForm::kAnywhere>(p, B, C, segments, stream);
+    launch_with<Input, kStates16, SsdForm::kPlain>(p, B, C, segments, stream);
 }
 
 template <typename Input>
@@ -136,11 +158,13 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
     if (sizes.states() == 0 || sizes.length == 0) return;
 
     p.has_z = z.has_value();
+    p.tile = 64;
     p.states = static_cast<int>(sizes.states());
     arguments.launch(dtype, [&](auto *type, cudaStream_t stream) {
         using Input = std::remove_pointer_t<decltype(type)>;
         const auto copies = make_channels_maps(p, x, z, stream);         // freed by torch in the order of the stream
-        p.cluster = best_cluster(p, copies.has_value(), x, z, y);
+        mix_heads(p, sizes.batch, sizes.groups, multiprocessors(x.get_device_index()));
+        p.cluster = p.mixed > 0 ? 1 : best_cluster(p, copies.has_value(), x, z, y);
         make_y_maps(p, y);
         if constexpr (sizeof(Input) == 2) launch_for_states<Input>(p, B, C, segments, stream);     // as checked above
     });

@@ -205,6 +205,7 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
 inline void make_y_maps(SsdParams &p, const Tensor &y) {
     const uint64_t heads = p.heads, headdim = p.headdim, token = heads * headdim;
     p.y_boxes = SsdBoxesOfY::kNone;
+    p.y_columns = p.tile < 64 ? p.tile : p.headdim;
     if (p.x.first != 0 || p.x.batch % 8 != 0 || address_of(y) % 16 != 0 || token % 8 != 0) return;
     auto map = [&](uint64_t columns, uint64_t of_box) {      // that lie side by side
         const uint64_t sizes[4] = {columns, token / columns, static_cast<uint64_t>(y.size(1)),
@@ -214,8 +215,9 @@ inline void make_y_maps(SsdParams &p, const Tensor &y) {
         return ssd_map("y", address_of(y), 4, sizes, strides, box);
     };
     if (headdim % 8 == 0 && (heads == 1 || p.x.head % 8 == 0)) {
+        if (token % p.y_columns != 0) return;                // the last tile of a token would store more than its own
         p.y_boxes = SsdBoxesOfY::kHeads;
-        p.y_maps[0] = map(headdim, 64);
+        p.y_maps[0] = map(p.y_columns, 64);
     } else if (headdim % 8 != 0 && 24 < headdim && headdim < 64 && heads % 2 == 0 && p.x.head % 8 == headdim % 8
                && p.x_words == nullptr
                && p.cluster == 2 && !p.has_z && p.runs == nullptr) {
