@@ -106,7 +106,7 @@ def test_only_the_ssd_that_copies_words_has_asynchronous_copies_of_threads(opcod
     """Else ptxas puts loads that do nothing behind the barriers of all (docs/measured-facts.md)."""
     copying = {kernel for kernel, counts in opcodes.items()
                if "ssd_fwd" in kernel and any(one.startswith("LDGSTS") for one in counts)}
-    by_words = {kernel for kernel in opcodes if "ssd_fwd" in kernel and "SsdFormE3E" in kernel}
+    by_words = {kernel for kernel in opcodes if "ssd_fwd" in kernel and "SsdFormE3E" in kernel}    # kWords
     assert by_words and copying == by_words
 
 

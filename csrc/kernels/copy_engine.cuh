@@ -116,7 +116,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
     while (!done);
 }
 
-// What these threads wrote to shared memory is seen by copies of boxes, and wgmma, after the next barrier.
+// What was written to shared memory, by these threads or before a barrier that they waited at, is seen by copies of
+// boxes, and wgmma: theirs, and those of others after the next barrier.
 __device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace shedder

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
         const SsdRows rows = rows_of<kExtras>(p, piece.state);
         const SsdHeads heads = heads_of<kMixed>(p, rows);
         int own_head = 0;                                    // which of them this warp's rows belong to
-        if (kMixed) own_head = min((rows.first_channel + warp * 16) / p.mixed - heads.first, heads.count - 1);
+        if (kMixed) own_head = min((rows.first_channel + warp * 16) / p.mixed_headdim - heads.first, heads.count - 1);
         // Fragments of x or z: channels by tokens.
         auto load_channels = [&](uint32_t (&to)[4][4], uint32_t tile_at, uint32_t rest_at) {
 #pragma unroll
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             for (int i = 0; i < 2; ++i)
                 if (exists(rows, 8 * i)) {
                     int head = rows.head, channel = rows.first_channel + channel_of(rows, 8 * i);
-                    if (kMixed) head = channel / p.mixed, channel %= p.mixed;
+                    if (kMixed) head = channel / p.mixed_headdim, channel %= p.mixed_headdim;
                     skip[i] = p.D[head * p.D_head_stride + channel * p.D_channel_stride];
                 }
 
@@ -357,14 +357,15 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 pin(S);
             }
             if (kExtras && p.runs != nullptr) {
-                const int *const of = decays.run, run[2] = {of[row0] >> 1, of[row0 + 8] >> 1};
+                const int run[2] = {decays.run[row0] >> 1, decays.run[row0 + 8] >> 1};
 #pragma unroll
                 for (int i = 0; i < 32; ++i)
-                    if (of[i / 4 * 8 + 2 * q + i % 2] >> 1 != run[i / 2 % 2]) S[i] = 0.f;
+                    if (decays.run[i / 4 * 8 + 2 * q + i % 2] >> 1 != run[i / 2 % 2]) S[i] = 0.f;
             }
             // S as the decays of a head weigh it, to a tile: the columns of this warp's 16 rows, some of later tokens,
             // and those before them, whose exponentials fall apart into one for a row and one for a column.
-            auto weigh_of_warp = [&](const SsdDecays &decays, float2 s_rows, float (&weighted)[32], uint32_t to, auto before) {
+            auto weigh_of_warp = [&](const SsdDecays &decays, float2 s_rows, float (&weighted)[32], uint32_t to,
+                                     auto before) {
                 constexpr int kBefore = decltype(before)::value;
                 const float s_row[2] = {s_rows.x, s_rows.y};
 #pragma unroll
@@ -407,7 +408,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                     else weigh_of_warp(decays, s_rows, weighted, to, std::integral_constant<int, 0>{});
                 }
             };
-            if (kMixed) {
+            if (kMixed) {                                    // where there is no second head, the first once more
                 const SsdDecays &last_decays = decays_of(stage, heads.count - 1);
                 float weighted[32];
                 weigh_scores(last_decays, s_rows_of(last_decays), weighted, S_at + kTileBytes);

@@ -58,8 +58,8 @@ struct SsdParams {
     int64_t A_stride, D_head_stride, D_channel_stride, dt_bias_stride;
     float dt_min, dt_max;
     int length, heads, headdim, dstate;
-    int mixed;                                               // channels of each head, where the channels of all heads
-                                                             // are taken for those of one; else 0
+    int mixed_headdim;                                       // where the channels of all heads are taken for those of
+                                                             // one, channels of each; else 0
     int tile, tiles;                                         // channels in a tile, 64 at most; tiles of a head
     int states;                                              // batch * heads * tiles
     int cluster;                                             // CTAs that take neighbouring states, a unit of them
@@ -173,8 +173,8 @@ struct SsdHeads {
 template <bool kMixed>
 __device__ __forceinline__ SsdHeads heads_of(const SsdParams &p, const SsdRows &rows) {
     if (!kMixed) return {rows.head, 1};
-    const int first = rows.first_channel / p.mixed;
-    return {first, (rows.first_channel + rows.channels - 1) / p.mixed - first + 1};
+    const int first = rows.first_channel / p.mixed_headdim;
+    return {first, (rows.first_channel + rows.channels - 1) / p.mixed_headdim - first + 1};
 }
 
 // The whole pieces of 16 bytes in memory that a CTA of a pair stores of each row of y. The first one gives the end of

@@ -22,14 +22,13 @@ enum class SsdForm : int {
     kPlain,                                                  // heads start where boxes of x do
     kAnywhere,                                               // or not, and neighbours may store y together
     kExtras,                                                 // z or runs, heads anywhere
-    kWords,                                                  // x by words: where there are asynchronous copies of threads,
-                                                             // ptxas puts four loads that do nothing behind each barrier
+    kWords,                                                  // x by words: copies of threads, for which ptxas puts four
+                                                             // loads that do nothing behind each barrier
     kMixed,                                                  // channels of two heads in the 64 rows of a consumer
 };
 
-template <int kStates16_, SsdForm kForm>
+template <int kStates16, SsdForm kForm>
 struct SsdShared {
-    static constexpr int kStates16 = kStates16_;
     static constexpr bool kExtras = kForm == SsdForm::kExtras, kMixed = kForm == SsdForm::kMixed,
                           kPairs = kForm == SsdForm::kAnywhere,
                           kHasRest = kPairs || kExtras || kForm == SsdForm::kWords;      // columns behind boxes of x
@@ -213,7 +212,8 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
                 uint2 next = fetch_dt(p, source, piece.first, lane);
 #pragma unroll 1
                 for (int chunk = piece.first; chunk < piece.last; ++chunk) {
-                    SsdDecays *const decays = reinterpret_cast<SsdDecays *>(shared + Shared::kDecays) + stage * Shared::kHeads;
+                    SsdDecays *const decays =
+                        reinterpret_cast<SsdDecays *>(shared + Shared::kDecays) + stage * Shared::kHeads;
 #pragma unroll 1
                     for (int i = 0; i < heads.count; ++i) {
                         const SsdSource current = source;
@@ -322,9 +322,8 @@ __device__ __forceinline__ void store_y(const SsdParams &p, const SsdPlace &plac
                 }
                 __syncwarp();
             } else if (Shared::kPairs && p.y_boxes == SsdBoxesOfY::kPairs) {
-                if constexpr (Shared::kPairs)
-                    store_pair<Shared>(p, pair, place.rank, chunks++, shared, shared_at, thread, y, stride, count, chunk,
-                                       batch);
+                store_pair<Shared>(p, pair, place.rank, chunks++, shared, shared_at, thread, y, stride, count, chunk,
+                                   batch);
             } else {
                 store_rows(y, stride, shared + tile_at, rows.first, count, rows.channels, thread);
                 if constexpr (kExtras) fence_for_copies();       // of z, to the same place

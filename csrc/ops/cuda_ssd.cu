@@ -51,10 +51,10 @@ constexpr int kMostStatesMixed = 128;
 // on an H200). The 16 rows of a warp are of one head.
 void mix_heads(SsdParams &p, int64_t batch, int64_t groups, int processors) {
     const bool can = groups == 1 && p.heads > 1 && !p.has_z && p.runs == nullptr && p.dstate <= kMostStatesMixed
-        && p.headdim % 16 == 0 && p.x_words == nullptr && p.x.first == 0 && p.x.batch % 8 == 0 && p.x.head == p.headdim;
+        && p.headdim % 16 == 0 && p.x.head == p.headdim && p.x_words == nullptr && heads_start_with_boxes(p);
     const int channels = p.heads * p.headdim, tile = std::min(2 * p.headdim, 64), tiles = (channels + tile - 1) / tile;
     if (!can || p.states <= processors || tiles > 0.7 * p.heads * p.tiles) return;
-    p.mixed = p.headdim;
+    p.mixed_headdim = p.headdim;
     p.headdim = channels;
     p.heads = 1;
     p.tile = tile;
@@ -119,10 +119,9 @@ void launch(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cu
     if constexpr (kStates16 * 16 <= kMostStatesWithWords)
         if (p.x_words != nullptr) return launch_with<Input, kStates16, SsdForm::kWords>(p, B, C, segments, stream);
     if constexpr (kStates16 * 16 <= kMostStatesMixed)
-        if (p.mixed > 0) return launch_with<Input, kStates16, SsdForm::kMixed>(p, B, C, segments, stream);
-    const bool anywhere = p.x.first != 0 || p.x.batch % 8 != 0 || (p.heads > 1 && p.x.head % 8 != 0);
-    if (anywhere) return launch_with<Input, kStates16, SsdForm::kAnywhere>(p, B, C, segments, stream);
-    launch_with<Input, kStates16, SsdForm::kPlain>(p, B, C, segments, stream);
+        if (p.mixed_headdim > 0) return launch_with<Input, kStates16, SsdForm::kMixed>(p, B, C, segments, stream);
+    if (heads_start_with_boxes(p)) return launch_with<Input, kStates16, SsdForm::kPlain>(p, B, C, segments, stream);
+    launch_with<Input, kStates16, SsdForm::kAnywhere>(p, B, C, segments, stream);
 }
 
 template <typename Input>
@@ -164,7 +163,7 @@ void ssd(const Tensor &x, const Tensor &dt, const Tensor &A, const Tensor &B, co
         using Input = std::remove_pointer_t<decltype(type)>;
         const auto copies = make_channels_maps(p, x, z, stream);         // freed by torch in the order of the stream
         mix_heads(p, sizes.batch, sizes.groups, multiprocessors(x.get_device_index()));
-        p.cluster = p.mixed > 0 ? 1 : best_cluster(p, copies.has_value(), x, z, y);
+        p.cluster = p.mixed_headdim > 0 ? 1 : best_cluster(p, copies.has_value(), x, z, y);
         make_y_maps(p, y);
         if constexpr (sizeof(Input) == 2) launch_for_states<Input>(p, B, C, segments, stream);     // as checked above
     });

@@ -200,13 +200,19 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
     return copies;
 }
 
+// Whether entries of the batch, and heads, start where boxes of x may.
+inline bool entries_start_with_boxes(const SsdParams &p) { return p.x.first == 0 && p.x.batch % 8 == 0; }
+inline bool heads_start_with_boxes(const SsdParams &p) {
+    return entries_start_with_boxes(p) && (p.heads == 1 || p.x.head % 8 == 0);
+}
+
 // The maps of y where its rows are whole pieces of 16 bytes, or two neighbours in a cluster make such of theirs, and
 // rows of x lie alike.
 inline void make_y_maps(SsdParams &p, const Tensor &y) {
     const uint64_t heads = p.heads, headdim = p.headdim, token = heads * headdim;
     p.y_boxes = SsdBoxesOfY::kNone;
     p.y_columns = p.tile < 64 ? p.tile : p.headdim;
-    if (p.x.first != 0 || p.x.batch % 8 != 0 || address_of(y) % 16 != 0 || token % 8 != 0) return;
+    if (!entries_start_with_boxes(p) || address_of(y) % 16 != 0 || token % 8 != 0) return;
     auto map = [&](uint64_t columns, uint64_t of_box) {      // that lie side by side
         const uint64_t sizes[4] = {columns, token / columns, static_cast<uint64_t>(y.size(1)),
                                    static_cast<uint64_t>(y.size(0))};
@@ -214,13 +220,12 @@ inline void make_y_maps(SsdParams &p, const Tensor &y) {
         const uint32_t box[4] = {static_cast<uint32_t>(of_box), 1, kChunk, 1};
         return ssd_map("y", address_of(y), 4, sizes, strides, box);
     };
-    if (headdim % 8 == 0 && (heads == 1 || p.x.head % 8 == 0)) {
+    if (headdim % 8 == 0 && heads_start_with_boxes(p)) {
         if (token % p.y_columns != 0) return;                // the last tile of a token would store more than its own
         p.y_boxes = SsdBoxesOfY::kHeads;
         p.y_maps[0] = map(p.y_columns, 64);
     } else if (headdim % 8 != 0 && 24 < headdim && headdim < 64 && heads % 2 == 0 && p.x.head % 8 == headdim % 8
-               && p.x_words == nullptr
-               && p.cluster == 2 && !p.has_z && p.runs == nullptr) {
+               && p.x_words == nullptr && p.cluster == 2 && !p.has_z && p.runs == nullptr) {
         p.y_boxes = SsdBoxesOfY::kPairs;
         for (int i = 0; i < 3; ++i) p.y_maps[i] = map(token, (headdim / 8 + i - 1) * 8);
     }
