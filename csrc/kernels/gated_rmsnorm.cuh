@@ -22,7 +22,7 @@ namespace shedder {
 
 constexpr int kMaxSegments = 128;
 constexpr int kMaxNormThreads = 512;
-constexpr int kNormVectors = 2;
+constexpr int kMostNormVectors = 2;                          // of one thread
 constexpr int kSegmentLanes = 8;                             // of a group where a row has several segments
 
 struct GatedRMSNormParams {
@@ -38,9 +38,9 @@ struct GatedRMSNormParams {
 };
 
 // kGrid: of x and z as seen from y. kBias: with a bias, which the launcher gives to the most general variant alone.
-template <typename T, bool kNormBeforeGate, int kLanes, Grid kGrid, bool kBias>
+template <typename T, bool kNormBeforeGate, int kLanes, Grid kGrid, bool kBias, int kVectors>
 __global__ void __launch_bounds__(kMaxNormThreads) gated_rmsnorm_fwd(const __grid_constant__ GatedRMSNormParams p) {
-    constexpr int kCount = 16 / sizeof(T), kVectors = kNormVectors;
+    constexpr int kCount = 16 / sizeof(T);
     constexpr int kWarpGroups = 32 / kLanes;
     constexpr unsigned kAll = 0xffffffffu;
     __shared__ float partial[2][kMaxNormThreads / kLanes * kVectors];      // of even and odd rows: one barrier for each

@@ -25,10 +25,11 @@ Grid grid_of(const GatedRMSNormParams &p, int64_t size) {
     return whole ? Grid::kWhole : Grid::kSame;
 }
 
-template <typename T, bool kNormBeforeGate, int kLanes, Grid kGrid, bool kBias = false>
-void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
+// False if a row takes more threads than `most`.
+template <typename T, bool kNormBeforeGate, int kLanes, Grid kGrid, bool kBias, int kVectors>
+bool launch_with(GatedRMSNormParams &p, int most, int32_t device, cudaStream_t stream) {
     constexpr int kCount = 16 / static_cast<int>(sizeof(T)), kSector = 2 * kCount;
-    const auto kernel = gated_rmsnorm_fwd<T, kNormBeforeGate, kLanes, kGrid, kBias>;
+    const auto kernel = gated_rmsnorm_fwd<T, kNormBeforeGate, kLanes, kGrid, kBias, kVectors>;
     // Groups of a segment start at a multiple of `step` columns of memory, at or before it. Returns the threads of a row.
     const auto deal_groups = [&](int step) {
         p.step = step;
@@ -38,12 +39,11 @@ void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
             const int columns = p.bounds[s + 1] - p.bounds[s] + (aligned ? 0 : step - 1);
             p.groups[s + 1] = p.groups[s] + (columns + kLanes * kCount - 1) / (kLanes * kCount);
         }
-        return (p.groups[p.segments] * kLanes + 32 * kNormVectors - 1) / (32 * kNormVectors) * 32;
+        return (p.groups[p.segments] * kLanes + 32 * kVectors - 1) / (32 * kVectors) * 32;
     };
     int threads = deal_groups(kSector);
-    if (threads > kMaxNormThreads) threads = deal_groups(kCount);
-    STD_TORCH_CHECK(threads <= kMaxNormThreads, "shedder_cuda::gated_rmsnorm: ", p.segments, " segments of ", p.width,
-                    " channels take more threads than a row has");
+    if (threads > most) threads = deal_groups(kCount);
+    if (threads > most) return false;
     // CTAs that one SM holds, for each number of warps; asked once, since asking takes longer than a launch.
     static int of_threads[kMaxNormThreads / 32 + 1] = {};
     int &per_sm = of_threads[threads / 32];
@@ -57,6 +57,20 @@ void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
     const int64_t rounds = (p.rows + resident - 1) / resident, even = (p.rows + rounds - 1) / rounds;
     const int64_t blocks = std::min(p.rows, (even + kStep - 1) / kStep * kStep);
     launch_ctas(kernel, {static_cast<unsigned>(blocks), static_cast<unsigned>(threads)}, stream, p);
+    return true;
+}
+
+template <typename T, bool kNormBeforeGate, int kLanes, Grid kGrid, bool kBias = false>
+void launch_norm(GatedRMSNormParams &p, int32_t device, cudaStream_t stream) {
+    // One vector for each thread where the threads of a row, or the rows of a multiprocessor, are few. Measured on an H200.
+    constexpr int kFewThreads = 256, kFewRows = 16;
+    const int most = p.rows <= kFewRows * multiprocessors(device) ? kMaxNormThreads : kFewThreads;
+    if constexpr (!kBias)
+        if (launch_with<T, kNormBeforeGate, kLanes, kGrid, false, 1>(p, most, device, stream)) return;
+    const bool launched =
+        launch_with<T, kNormBeforeGate, kLanes, kGrid, kBias, kMostNormVectors>(p, kMaxNormThreads, device, stream);
+    STD_TORCH_CHECK(launched, "shedder_cuda::gated_rmsnorm: ", p.segments, " segments of ", p.width,
+                    " channels take more threads than a row has");
 }
 
 template <typename T>
@@ -88,7 +102,7 @@ void gated_rmsnorm(const Tensor &x, const Tensor &weight, const MaybeTensor &bia
     const int64_t rows = x.size(0), width = x.size(1);
     const int64_t size = element_size(x.scalar_type());
     const int64_t vector = 16 / size;
-    const int64_t widest = kMaxNormThreads * kNormVectors * vector - (width % vector ? vector - 1 : 0);
+    const int64_t widest = kMaxNormThreads * kMostNormVectors * vector - (width % vector ? vector - 1 : 0);
     STD_TORCH_CHECK(1 <= width && width <= widest, "shedder_cuda::gated_rmsnorm: D is ", width, "; accepted: up to ",
                     widest);
     STD_TORCH_CHECK(!segments.empty() && segments.size() <= kMaxSegments && eps.size() == segments.size(),
