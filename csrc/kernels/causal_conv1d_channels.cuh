@@ -149,10 +149,11 @@ __device__ __forceinline__ void convolve_channels(const CausalConv1dParams &p, i
         }
     }
 
-    // Whether this lane's channels exist and are a vector of y.
-    const int column = p.parts.column(own);
-    const bool adjacent =
-        own + kCount <= p.channels && column % kCount == 0 && p.parts.column(own + kCount - 1) == column + kCount - 1;
+    // Whether those of this lane's channels that exist lie in a vector of y. What follows a row's last channel in it is
+    // the row's padding, which the last row has not.
+    const int column = p.parts.column(own), last = min(own + kCount, p.channels) - 1;
+    const bool exists = own < p.channels, whole = own + kCount <= p.channels || b + 1 < p.batch || end < p.length;
+    const bool adjacent = exists && whole && column % kCount == 0 && p.parts.column(last) - column == last - own;
     T *to = static_cast<T *>(p.y) + b * p.y_strides.batch + start * p.y_strides.time;
     const char *read = row;                                  // of token t; only its low bits count
     for (int slot = 0; t < end; t += kGroup, slot = slot + 1 == kAhead ? 0 : slot + 1) {
@@ -195,7 +196,7 @@ __device__ __forceinline__ void convolve_channels(const CausalConv1dParams &p, i
                 *reinterpret_cast<typename Packed<T, kCount>::Word *>(to + column + s * p.y_strides.time) =
                     outputs[s].word;
         }
-        if (!adjacent) {
+        if (exists && !adjacent) {
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
                 T *const at = to + p.parts.column(own + i);
