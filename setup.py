@@ -2,7 +2,7 @@
 
 SHEDDER_CUDA_ARCHS says for which GPUs the CUDA library is compiled: a list such as 80,90a; `all` for a release;
 `none` for no CUDA library. Unset: for the GPUs that are visible here, and none without a GPU or without nvcc.
-SHEDDER_RACECHECK=1 compiles a slower CUDA library whose barriers compute-sanitizer's racecheck understands.
+SHEDDER_SANITIZER=1 compiles a slower CUDA library that compute-sanitizer's racecheck and initcheck understand.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class CMakeBuild(build_ext):
         torch_folder, torch_version = find_torch()
         nvcc = find_nvcc()
         archs, no_cuda = choose_cuda_archs(nvcc)
-        racecheck = bool(archs) and os.environ.get("SHEDDER_RACECHECK") == "1"
+        sanitizer = bool(archs) and os.environ.get("SHEDDER_SANITIZER") == "1"
         print(f"shedder: building the CPU library{' and the CUDA library for ' + ','.join(archs) if archs else ''}"
               f"{'; no CUDA library: ' + no_cuda if no_cuda else ''}", file=sys.stderr)
 
@@ -165,7 +165,7 @@ class CMakeBuild(build_ext):
         configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", "-Wno-dev",
                      f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', 'BIN_DIR')}", "-DCMAKE_BUILD_TYPE=Release",
                      f"-DSHEDDER_TORCH_DIR={torch_folder}", f"-DSHEDDER_CUDA_ARCHS={';'.join(archs) or 'none'}",
-                     f"-DSHEDDER_RACECHECK={'ON' if racecheck else 'OFF'}"]
+                     f"-DSHEDDER_SANITIZER={'ON' if sanitizer else 'OFF'}"]
         if archs:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         self.call(configure)
@@ -184,7 +184,7 @@ class CMakeBuild(build_ext):
             shutil.copy2(tree / stale, target / f"{stale}.new")
             os.replace(target / f"{stale}.new", target / stale)
         facts = json.loads((tree / "build.json").read_text())
-        facts |= {"torch": torch_version, "cuda_archs": archs, "no_cuda": no_cuda, "racecheck": racecheck}
+        facts |= {"torch": torch_version, "cuda_archs": archs, "no_cuda": no_cuda, "sanitizer": sanitizer}
         (target / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     @staticmethod

@@ -85,8 +85,8 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, int rank
                  "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
 }
 // A warp arrives by one lane, after the others. compute-sanitizer's racecheck takes that for the arrival of this lane
-// alone: compiled with SHEDDER_RACECHECK all arrive.
-#ifdef SHEDDER_RACECHECK
+// alone: compiled with SHEDDER_SANITIZER all arrive.
+#ifdef SHEDDER_SANITIZER
 constexpr int kWarpArrivals = 32;
 #else
 constexpr int kWarpArrivals = 1;
@@ -103,10 +103,6 @@ __device__ __forceinline__ void barrier_arrive_by_warp(uint32_t barrier, int lan
     } else {
         for (int rank = 0; rank < ranks; ++rank) barrier_arrive_remote(barrier, rank);
     }
-}
-__device__ __forceinline__ void store_remote(uint32_t address, int rank, int value) {
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "st.shared::cluster.b32 [there], %2;\n}" ::"r"(address), "r"(rank), "r"(value) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;

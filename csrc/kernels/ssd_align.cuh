@@ -20,8 +20,6 @@ struct SsdAlignParams {
     int pieces;                                              // written of each row
     int64_t to_batch, to_time, to_group;                     // in pieces
     int blocks;                                              // of a batch entry and group
-    int32_t *tickets;                                        // of ssd_fwd, set to zeros
-    int ticket_count;
 };
 
 constexpr int kAlignThreads = 256, kAlignRows = 4;           // of a thread
@@ -31,8 +29,6 @@ template <int kLanes>
 __global__ void __launch_bounds__(kAlignThreads) ssd_align(const __grid_constant__ SsdAlignParams p) {
     wait_for_kernel_before();
     start_dependents();                                      // ssd_fwd waits for the end of this kernel all the same
-    if (blockIdx.x == 0 && blockIdx.y == 0)
-        for (int i = threadIdx.x; i < p.ticket_count; i += kAlignThreads) p.tickets[i] = 0;
     constexpr int kStep = kAlignThreads / kLanes;
     const SsdAlignOperand &o = p.operands[blockIdx.y];
     const int entry = blockIdx.x / p.blocks, batch = entry / p.groups, group = entry % p.groups;
@@ -73,13 +69,6 @@ __global__ void __launch_bounds__(kAlignThreads) ssd_align(const __grid_constant
         keep(v.x, 0), keep(v.y, 2), keep(v.z, 4), keep(v.w, 6);
         to[row * p.to_time] = v;
     }
-}
-
-// The tickets of ssd_fwd to zeros where nothing is aligned: a kernel, since ssd_fwd cannot begin while a memset ends.
-static __global__ void __launch_bounds__(kAlignThreads) ssd_clear(int32_t *tickets, int count) {
-    wait_for_kernel_before();
-    start_dependents();
-    for (int i = threadIdx.x; i < count; i += kAlignThreads) tickets[i] = 0;
 }
 
 }  // namespace shedder

@@ -107,7 +107,6 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     const uint32_t shared_at = shared_address(shared), states_there = shared_at + Shared::kStatesThere,
                    channels_there = shared_at + Shared::kChannelsThere, empty_at = shared_at + Shared::kIsFree;
     SsdPlace &place = *reinterpret_cast<SsdPlace *>(shared + Shared::kPlace);
-    if (p.cluster > 1) cluster_sync();                       // all have begun: from here on their shared memory is there
     if (threadIdx.x == kCopyWarp * 32) {
         prefetch_map(&p.C);
         prefetch_map(&p.B);
@@ -125,19 +124,10 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             if (Shared::kPairs) barrier_arrive_expecting(given_at, kGivenBytes);
         }
         barriers_are_there();
-        wait_for_kernel_before();                            // which may have set the tickets to zeros
-        place.rank = p.cluster > 1 ? cluster_rank() : 0;
-        if (place.rank == 0) {
-            const int ticket =
-                p.tickets != nullptr ? atomicAdd(p.tickets, 1) : static_cast<int>(blockIdx.x) / p.cluster;
-            const int part = ticket < p.left * p.parts ? ticket / p.left : -1;
-            for (int other = 0; other < p.cluster; ++other) {
-                store_remote(shared_address(&place.ticket), other, ticket);
-                store_remote(shared_address(&place.part), other, part);
-            }
-        }
+        const int number = static_cast<int>(blockIdx.x) / p.cluster;
+        place = {number, static_cast<int>(blockIdx.x) % p.cluster, number < p.left * p.parts ? number / p.left : -1};
     }
-    if (p.cluster > 1) cluster_sync();
+    if (p.cluster > 1) cluster_sync();                       // all have begun: from here on their barriers are there
     else __syncthreads();
     wait_for_kernel_before();
     const int role = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -168,7 +158,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     };
     // A state that a CTA leaves, and the decay of each thread's rows over the segment that it ends.
     auto carry = [&](int of) { return p.carry + of * int64_t{kCarryFloats<kStates16>} + threadIdx.x; };
-    auto is_left = [&](int of) { return p.tickets + 1 + of; };
+    auto is_left = [&](int of) { return p.is_left + of * int64_t{p.takers}; };
     auto leave = [&](const float *h, int of, float decay) {
         float *const to = carry(of);
 #pragma unroll
@@ -176,7 +166,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
         __stcg(to + kStates16 * 8 * 128, decay);
         __threadfence();
         warpgroup_barrier(1);
-        if (threadIdx.x == 0) release(is_left(of), 1);
+        for (int i = threadIdx.x; i < p.takers; i += 128) release(is_left(of) + i, p.call);
     };
     auto release_stage = [&](int stage) {                    // to all who copy into it
         barrier_arrive_by_warp(empty_at + stage * 8, lane, p.cluster);
@@ -255,8 +245,11 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
                 });
             }
             if (piece.takes >= 0 && !leaves) {
-                for (int i = threadIdx.x; i < piece.taken; i += 128)
-                    while (acquire(is_left(piece.takes - i * piece.apart)) == 0) {}
+                for (int i = threadIdx.x; i < piece.taken; i += 128) {
+                    uint64_t *const word = is_left(piece.takes - i * piece.apart) + i;
+                    while (acquire(word) != p.call) {}
+                    *word = 0;                               // for the call to come by the same name: a graph's
+                }
                 warpgroup_barrier(1);
                 float decay = 1.f;                           // from the end of a segment to the start of this one
 #pragma unroll 1

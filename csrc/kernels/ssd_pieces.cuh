@@ -5,7 +5,7 @@
 // first before all else, the last after all else, those between in the middle of another head, so that nobody waits.
 // Where there are few heads, a cluster takes a segment of its heads instead: it leaves the states that the segment ends
 // with if zeros come before it, adds up what those of all segments before it decay to, and only then walks along its
-// chunks for y. States wait in `carry`. Tickets are drawn in order, so that the clusters waited for run or have run.
+// chunks for y. States wait in `carry`. A cluster waits only for those of lower numbers, which begin before it.
 
 #pragma once
 
@@ -52,8 +52,9 @@ struct SsdParams {
     int y_columns;                                           // kHeads: that boxes end with, a head or a tile
     float *final_states;                                     // (batch, head, channel, state); may be null
     float *carry;                                            // states that CTAs leave to others, or to themselves
-    int32_t *tickets;                                        // zeros: the next ticket, then for each state 1, once it
-                                                             // is left
+    uint64_t *is_left;                                       // of each state, for each CTA that takes it: `call`, once
+    uint64_t call;                                           // the state is left; whatever else is in memory before
+    int takers;                                              // that there are words for
     SsdStrides dt_strides;
     int64_t A_stride, D_head_stride, D_channel_stride, dt_bias_stride;
     float dt_min, dt_max;
@@ -74,7 +75,7 @@ constexpr int kChunk = 64;
 
 // Where a CTA stands in the grid. Lies in shared memory: registers are short.
 struct SsdPlace {
-    int ticket, rank;                                        // of the cluster, and in it
+    int number, rank;                                        // of the cluster, and in it
     int part;                                                // that it takes of a unit left over; below 0: none
 };
 
@@ -90,34 +91,34 @@ __device__ __forceinline__ int pieces_of(const SsdParams &p, const SsdPlace &pla
 }
 
 __device__ __forceinline__ SsdPiece piece_of(const SsdParams &p, const SsdPlace &place, int piece) {
-    const int chunks = (p.length + kChunk - 1) / kChunk, ticket = place.ticket;
-    SsdPiece of{ticket, 0, 0, chunks, -1, -1, 1, 0};
+    const int chunks = (p.length + kChunk - 1) / kChunk, number = place.number;
+    SsdPiece of{number, 0, 0, chunks, -1, -1, 1, 0};
     int takes = -1, leaves = -1;                             // of clusters
     if (p.segment_chunks > 0) {
-        of.unit = ticket % p.units;
-        of.taken = ticket / p.units;
+        of.unit = number % p.units;
+        of.taken = number / p.units;
         of.apart = p.units * p.cluster;
-        of.first = ticket / p.units * p.segment_chunks;
+        of.first = number / p.units * p.segment_chunks;
         of.last = min(of.first + p.segment_chunks, chunks);
-        takes = ticket - p.units;
-        leaves = of.last < chunks ? ticket : -1;
+        takes = number - p.units;
+        leaves = of.last < chunks ? number : -1;
     } else {
         const int part = place.part, between = part < p.parts - 1;
         // The place of the part among the pieces, and where it interrupts the first head.
         const int at = part <= 0 ? 0 : between ? 1 : p.rounds;
         const int interrupt = part > 0 && between ? part * chunks / (p.parts - 1) : 0;
         if (part >= 0 && piece == at) {
-            of.unit = p.rounds * p.clusters + ticket - part * p.left;
+            of.unit = p.rounds * p.clusters + number - part * p.left;
             of.first = part * chunks / p.parts;
             of.last = (part + 1) * chunks / p.parts;
-            takes = ticket - p.left;
-            leaves = between ? ticket : -1;
+            takes = number - p.left;
+            leaves = between ? number : -1;
         } else {
             const int own = piece - (part >= 0 && piece > at) - (interrupt > 0 && piece > at);
-            const int resumed = (p.parts - 2) * p.left + ticket;             // behind the places of parts
-            of.unit = own * p.clusters + ticket;
+            const int resumed = (p.parts - 2) * p.left + number;             // behind the places of parts
+            of.unit = own * p.clusters + number;
             if (interrupt > 0 && piece == 0) of.last = interrupt, leaves = resumed;
-            if (interrupt > 0 && piece == 2) of.first = interrupt, of.unit = ticket, takes = resumed;
+            if (interrupt > 0 && piece == 2) of.first = interrupt, of.unit = number, takes = resumed;
         }
     }
     of.state = min(of.unit * p.cluster + place.rank, p.states - 1);

@@ -120,12 +120,12 @@ __device__ __forceinline__ void give_registers() {
 }
 
 // A word in memory that stands for what was written before it.
-__device__ __forceinline__ void release(int32_t *word, int32_t value) {
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+__device__ __forceinline__ void release(uint64_t *word, uint64_t value) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
-__device__ __forceinline__ int32_t acquire(const int32_t *word) {
-    int32_t value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+__device__ __forceinline__ uint64_t acquire(const uint64_t *word) {
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
     return value;
 }
 

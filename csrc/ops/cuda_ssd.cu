@@ -1,6 +1,7 @@
 // Launcher of SSD: checks, deals heads or segments of them to CTAs, launches.
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
 #include <torch/csrc/stable/ops.h>
@@ -70,6 +71,15 @@ int best_parts(int left, int slots, int chunks) {
     return parts < 2 ? 0 : parts;
 }
 
+// A word that no memory holds by chance, another one for each call (the mixing steps of SplitMix64, Steele et al. 2014).
+uint64_t name_of_call() {
+    static std::atomic<uint64_t> calls{0};
+    uint64_t name = (calls += 0x9e3779b97f4a7c15);
+    name = (name ^ name >> 30) * 0xbf58476d1ce4e5b9;
+    name = (name ^ name >> 27) * 0x94d049bb133111eb;
+    return name ^ name >> 31;
+}
+
 template <typename Input, int kStates16, SsdForm kForm>
 void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
     constexpr int kShared = SsdShared<kStates16, kForm>::kBytes;
@@ -85,11 +95,12 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
     if (segments == 0) segments = best_segments(p.units, slots, processors / p.cluster, chunks);
     p.clusters = p.units;
     p.rounds = 1;
-    int64_t places = 0;                                      // of states that clusters leave
+    int64_t places = 0, takers = 1;                          // of states that clusters leave; that take one of them
     if (segments > 1) {
         p.segment_chunks = static_cast<int>((chunks + segments - 1) / segments);
-        p.clusters *= (chunks + p.segment_chunks - 1) / p.segment_chunks;
-        places = p.clusters - p.units;
+        takers = (chunks + p.segment_chunks - 1) / p.segment_chunks - 1;
+        places = p.units * takers;
+        p.clusters += static_cast<int>(places);
     } else if (p.units > slots) {
         const int left = p.units % slots, parts = best_parts(left, slots, chunks);
         if (parts > 0) {
@@ -101,14 +112,19 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
         }
     }
     places *= p.cluster;
-    MaybeTensor carry, tickets;                    // freed by torch in the order of the stream
+    MaybeTensor carry, is_left;                    // freed by torch in the order of the stream
     if (places > 0) {
         carry = torch::stable::new_empty(B, {places * kCarryFloats<kStates16>}, ScalarType::Float);
-        tickets = torch::stable::new_empty(B, {1 + places}, ScalarType::Int);
+        is_left = torch::stable::new_empty(B, {places * takers}, ScalarType::Long);
         p.carry = static_cast<float *>(carry->mutable_data_ptr());
-        p.tickets = static_cast<int32_t *>(tickets->mutable_data_ptr());
+        p.is_left = static_cast<uint64_t *>(is_left->mutable_data_ptr());
+        p.takers = static_cast<int>(takers);
+        p.call = name_of_call();
+#ifdef SHEDDER_SANITIZER                                     // initcheck takes words that are waited for as read too early
+        cudaMemsetAsync(p.is_left, 0, is_left->numel() * sizeof(uint64_t), stream);
+#endif
     }
-    const auto aligned = make_states_maps(p, B, C, kStates16 * 16, places > 0 ? 1 + places : 0, stream);
+    const auto aligned = make_states_maps(p, B, C, kStates16 * 16, stream);
     const unsigned cluster = p.cluster > 1 ? p.cluster : 0;
     launch_ctas(kernel, {static_cast<unsigned>(p.clusters * p.cluster), 256, kShared, cluster}, stream, p);
 }

@@ -59,7 +59,7 @@ struct AlignedCopies {
 // Of each row so many columns, zeros where there is no element. groups_apart: all rows of a group before those of the
 // next; else the groups of a token side by side.
 inline AlignedCopies copy_aligned(const std::vector<const Tensor *> &tensors, int64_t columns, bool groups_apart,
-                                  int32_t *tickets, int64_t ticket_count, cudaStream_t stream) {
+                                  cudaStream_t stream) {
     const Tensor &like = *tensors[0];
     const int64_t batch = like.size(0), length = like.size(1), groups = like.size(2);
     const int64_t rows = (length + kChunk - 1) / kChunk * kChunk;
@@ -86,8 +86,6 @@ inline AlignedCopies copy_aligned(const std::vector<const Tensor *> &tensors, in
     a.to_batch = of_batch / 8;
     a.to_time = of_time / 8;
     a.to_group = of_group / 8;
-    a.tickets = tickets;
-    a.ticket_count = static_cast<int>(ticket_count);
     auto start = [&](auto kernel, int lanes) {
         const int64_t in_block = kAlignThreads / lanes * kAlignRows;
         a.blocks = static_cast<int>((rows + in_block - 1) / in_block);
@@ -100,18 +98,16 @@ inline AlignedCopies copy_aligned(const std::vector<const Tensor *> &tensors, in
     return copies;
 }
 
-// The maps of C and B, or of copies of them, which are returned. Sets the tickets to zeros on the way.
+// The maps of C and B, or of copies of them, which are returned.
 inline std::optional<AlignedCopies> make_states_maps(SsdParams &p, const Tensor &B, const Tensor &C, int64_t columns,
-                                                     int64_t ticket_count, cudaStream_t stream) {
+                                                     cudaStream_t stream) {
     const int64_t batch = B.size(0), length = B.size(1), groups = B.size(2);
     // 32 bytes are a sector of L2: boxes whose rows start between two of them read a quarter more.
     std::vector<const Tensor *> unfit;
     for (const Tensor *t : {&C, &B})
         if (!is_aligned(*t, 32)) unfit.push_back(t);
     std::optional<AlignedCopies> copies;
-    if (!unfit.empty()) copies = copy_aligned(unfit, columns, true, p.tickets, ticket_count, stream);
-    else if (ticket_count > 0)
-        launch_ctas(ssd_clear, {1, kAlignThreads}, stream, p.tickets, static_cast<int>(ticket_count));
+    if (!unfit.empty()) copies = copy_aligned(unfit, columns, true, stream);
     auto map = [&](const char *name, const Tensor &t) {
         const auto copy = std::find(unfit.begin(), unfit.end(), &t);
         if (copy == unfit.end())
@@ -190,7 +186,7 @@ inline std::optional<AlignedCopies> make_channels_maps(SsdParams &p, const Tenso
     const int64_t columns = (x.size(3) + 7) / 8 * 8;
     std::vector<const Tensor *> given{&x};
     if (z) given.push_back(&*z);
-    const AlignedCopies copies = copy_aligned(given, columns, false, nullptr, 0, stream);
+    const AlignedCopies copies = copy_aligned(given, columns, false, stream);
     auto map = [&](const char *name, int copy) {
         return channels_map(name, copies.address(copy), batch, copies.rows, heads, columns, copies.of_batch,
                             copies.of_time, copies.of_group);
