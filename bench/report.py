@@ -113,7 +113,8 @@ def suite_table(path: Path) -> str:
                     if w is None or w.table in ("must", "base")), key=lambda pair: pair[0])
     runs = "; ".join(
         f"{name}: {run['gpu']}, {run['clock_mhz']:g} MHz, copy {run['copy_tb_s']:g} TB/s, {run['date'][:10]}, commit "
-        f"{run['commit']}, " + ", ".join(f"{key} {value}" for key, value in run["versions"].items())
+        f"{run['commit']}, " + (f"medians of {run['passes']} passes, " if "passes" in run else "")
+        + ", ".join(f"{key} {value}" for key, value in run["versions"].items())
         for name, run in data["runs"].items())
     return f"{runs}\n\n{markdown(row for _, row in shown)}"
 

@@ -5,6 +5,11 @@
 
 A file keeps every run that a row of it still comes from. A new row replaces the older row of
 the same op, pass, shape, layout, dtype, clock and dispatch; nothing else is touched.
+
+    python -m bench.results --passes first.jsonl second.jsonl third.jsonl
+
+takes several passes over the same workloads, on one machine, for one run: the median of each
+figure, so that a minute in which the machine is slower does not decide a row.
 """
 
 from __future__ import annotations
@@ -14,10 +19,11 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +50,8 @@ ROW_FIELDS: dict[str, tuple[type, ...]] = {
 RUN_FIELDS: dict[str, tuple[type, ...]] = {
     "gpu": (str,), "clock_mhz": _NUMBER, "copy_tb_s": _NUMBER, "commit": (str,), "source_hash": (str,), "date": (str,),
     "versions": (dict,)}
+RUN_OPTIONAL: dict[str, tuple[type, ...]] = {"passes": (int,)}         # of which figures are the medians
+FIGURES = ("ours_us", "dense_us", "peer_us", "floor_us", "error", "peer_error")
 CHOICES = {"op": set(SUITES), "pass": {"fwd", "bwd", "step"}, "clock": {"gpu", "wall", "step"},
            "dtype": {"fp32", "fp16", "bf16", "fp64"}}
 SHAPE_KEYS = {"B", "D", "L", "H", "P", "N", "G", "R", "d_model", "groups", "channels", "width", "rows", "segments"}
@@ -73,13 +81,17 @@ def folder_of(gpu: str) -> str:
 # ---- the schema
 
 
-def _require_fields(where: str, values: dict[str, Any], fields: dict[str, tuple[type, ...]]) -> None:
+def _require_fields(where: str, values: dict[str, Any], fields: dict[str, tuple[type, ...]],
+                    optional: dict[str, tuple[type, ...]] | None = None) -> None:
     if not isinstance(values, dict):
         raise ResultsError(f"{where} is {values!r}; accepted: an object")
-    if set(values) != set(fields):
-        missing, unknown = sorted(set(fields) - set(values)), sorted(set(values) - set(fields))
+    all_fields = fields | (optional or {})
+    missing, unknown = sorted(set(fields) - set(values)), sorted(set(values) - set(all_fields))
+    if missing or unknown:
         raise ResultsError(f"{where}: missing fields {missing}, unknown fields {unknown}")
-    for name, types in fields.items():
+    for name, types in all_fields.items():
+        if name not in values:
+            continue
         if not isinstance(values[name], types) or isinstance(values[name], bool):
             accepted = " or ".join(t.__name__ for t in types)
             raise ResultsError(f"{where}.{name} is {values[name]!r}; accepted: {accepted}")
@@ -92,7 +104,7 @@ def check_row(row: Row, where: str = "row") -> None:
             raise ResultsError(f"{where}.{name} is {row[name]!r}; accepted: one of {sorted(accepted)}")
     if unknown := set(row["shape"]) - SHAPE_KEYS:
         raise ResultsError(f"{where}.shape has keys {sorted(unknown)}; accepted: {sorted(SHAPE_KEYS)}")
-    for name in ("ours_us", "dense_us", "peer_us", "floor_us", "error", "peer_error"):
+    for name in FIGURES:
         if row[name] is not None and not 0 <= row[name] < float("inf"):
             raise ResultsError(f"{where}.{name} is {row[name]!r}; accepted: null or a finite number >= 0")
     if row["dispatch"] != "auto" and not row["dispatch"].startswith("forced:"):
@@ -105,7 +117,7 @@ def check_results(data: dict[str, Any], where: str = "results") -> None:
     """Raise ResultsError unless `data` is a whole results file."""
     _require_fields(where, data, {"runs": (dict,), "rows": (list,)})
     for name, run in data["runs"].items():
-        _require_fields(f"{where}: runs.{name}", run, RUN_FIELDS)
+        _require_fields(f"{where}: runs.{name}", run, RUN_FIELDS, RUN_OPTIONAL)
     seen: set[str] = set()
     for index, row in enumerate(data["rows"]):
         check_row(row, f"{where}: rows[{index}]")
@@ -181,9 +193,28 @@ def read_benchmark(path: Path) -> tuple[Run, list[Row]]:
     return lines[0], lines[1:]
 
 
+def median_of_passes(passes: Sequence[tuple[Run, list[Row]]]) -> tuple[Run, list[Row]]:
+    """One run of several over the same workloads: the median of each figure that any pass has."""
+    first, count = passes[0][0], len(passes)
+    for run, _ in passes:
+        for name in ("gpu", "clock_mhz", "commit", "source_hash", "versions"):
+            if run[name] != first[name]:
+                raise ResultsError(f"passes differ in {name}: {first[name]!r} and {run[name]!r}")
+    by_identity: dict[str, list[Row]] = {}
+    for _, rows in passes:
+        for row in rows:
+            by_identity.setdefault(identity(row), []).append(row)
+    together = []
+    for same in by_identity.values():
+        found = {name: [row[name] for row in same if row[name] is not None] for name in FIGURES}
+        together.append(same[0] | {name: statistics.median(all_) if all_ else None for name, all_ in found.items()})
+    copy = round(statistics.median(run["copy_tb_s"] for run, _ in passes), 3)
+    return {**first, "copy_tb_s": copy, "passes": count}, together
+
+
 def merge(run: Run, rows: Iterable[Row], results: Path = RESULTS) -> list[Path]:
     """Put a run's rows into the files of its suites; returns the files written."""
-    _require_fields("run", run, RUN_FIELDS)
+    _require_fields("run", run, RUN_FIELDS, RUN_OPTIONAL)
     by_suite: dict[str, list[Row]] = {}
     for row in rows:
         check_row({"run": "", **row})
@@ -320,17 +351,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.results", description="Merge benchmark runs into "
                                      "bench/results, or check what is there.")
     parser.add_argument("runs", nargs="*", type=Path, help="files written by --rows or --benchmark-json")
+    parser.add_argument("--passes", action="store_true", help="the files are passes of one run: take the medians")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results live")
     parser.add_argument("--commit", default=None, help="the commit to note where the run does not know it")
     parser.add_argument("--check", action="store_true", help="say where removal does not pay; exit 1 if anywhere")
     options = parser.parse_args(arguments)
     try:
-        for path in options.runs:
-            run, rows = read_benchmark(path)
+        read = [read_benchmark(path) for path in options.runs]
+        if options.passes and read:
+            read = [median_of_passes(read)]
+        for run, rows in read:
             if run["commit"] == "unknown" and (options.commit or run["source_hash"] == source_hash()):
                 run = {**run, "commit": options.commit or commit()}
             for written in merge(run, rows, options.results):
-                print(f"{path}: {len(rows)} rows, wrote {written}")
+                print(f"{len(rows)} rows, wrote {written}")
         failures = []
         for path in files(options.results):
             data = load(path)

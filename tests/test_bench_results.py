@@ -200,6 +200,26 @@ def test_conversion_round_trip(tmp_path):
     assert written[0].read_bytes() == before
 
 
+def test_passes_are_one_run_of_medians(tmp_path):
+    smaller = {**DENSE, "H": 61}
+    passes = [[row(ours=300.0, peer_us=700.0), row(smaller, 240.0, dense=300.0)],
+              [row(ours=330.0, peer_us=None, note="peer: was cut off"), row(smaller, 250.0, dense=330.0)],
+              [row(ours=302.0, peer_us=710.0), row(smaller, 310.0, dense=302.0)]]
+    paths = []
+    for number, rows in enumerate(passes):
+        paths.append(tmp_path / f"{number}.jsonl")
+        run = {**RUN, "copy_tb_s": 4.0 + number / 10, "date": f"2026-11-22T00:0{number}:00Z"}
+        paths[-1].write_text("\n".join(json.dumps(one) for one in [run, *rows]))
+    assert results.main(["--results", str(tmp_path / "results"), "--passes", *map(str, paths)]) == 0
+    data = results.load(tmp_path / "results/h200/ssd.json")
+    assert data["runs"] == {"r1": {**RUN, "copy_tb_s": 4.1, "date": "2026-11-22T00:00:00Z", "passes": 3}}
+    assert [(one["ours_us"], one["dense_us"], one["peer_us"]) for one in data["rows"]] == [
+        (302.0, None, 705.0), (250.0, 302.0, data["rows"][1]["peer_us"])]
+    other = [(RUN, passes[0]), ({**RUN, "commit": "def"}, passes[1])]
+    with pytest.raises(results.ResultsError, match="passes differ in commit: 'abc' and 'def'"):
+        results.median_of_passes(other)
+
+
 def test_a_newer_run_replaces_its_rows_and_forgets_runs_without_rows(tmp_path):
     results.merge(RUN, [row(), row({**DENSE, "H": 61}, 240)], tmp_path)
     newer = {**RUN, "date": "2026-11-23T00:00:00Z"}
