@@ -239,6 +239,35 @@ def test_runs_on_the_current_stream_and_in_a_graph():
     assert torch.equal(y, want)
 
 
+def test_calls_that_leave_states_on_two_streams_and_in_graphs_at_once():
+    """CTAs wait for others of their call, which those of another call must not keep from beginning."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    cases = [inputs(1, 700, heads, headdim, dstate) for heads, headdim, dstate in (
+        (processors // 2, 64, 128), (2 * processors + 40, 61, 101), (5, 64, 96), (processors * 2 + 90, 64, 128))]
+    wanted = [run(case) for case in cases]
+    graphs = []
+    for case in cases:
+        graphs.append((torch.cuda.CUDAGraph(), case))
+        with torch.cuda.graph(graphs[-1][0]):
+            graphs[-1] += (run(case),)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    got = []
+    for turn in range(60):
+        for number, stream in enumerate(streams):
+            which = (turn + number) % len(cases)
+            with torch.cuda.stream(stream):
+                if number == 2:
+                    graphs[which][0].replay()
+                else:
+                    got.append((which, run(cases[which])))
+    torch.cuda.synchronize()
+    got += [(which, outputs) for which, (_, _, outputs) in enumerate(graphs)]
+    for which, outputs in got:
+        for one, want in zip(outputs, wanted[which], strict=True):
+            assert torch.equal(one, want)
+
+
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("headdim", [*range(15, 65), 72, 80, 100, 128, 200])
 def test_rows_of_y_of_any_width(headdim, extras):

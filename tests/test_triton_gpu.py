@@ -6,7 +6,10 @@ import pytest
 import torch
 import triton_cases as cases
 
+import shedder.ops as ops
+import shedder.ops.ssd as ssd_op
 from shedder import reference
+from shedder.ops import first_call
 from shedder.ops import triton as backend
 
 pytestmark = [pytest.mark.gpu,
@@ -255,3 +258,53 @@ def test_on_a_device_that_is_not_current():
     got = outputs(model, seed=5)
     for ours, right in zip(got, wanted):
         torch.testing.assert_close(ours, right.to(other))
+
+
+def mixer_arguments(dtype, batch=3):
+    """Of a mixer of 5 heads of 24 channels, whose first call of a dtype runs its parts side by side."""
+    torch.manual_seed(3)
+    inner, conv = 5 * 24, 5 * 24 + 2 * 20
+
+    def rand(*shape):
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    return {"zxbcdt": rand(batch, 70, inner + conv + 5), "conv1d_weight": rand(conv, 4), "conv1d_bias": rand(conv),
+            "dt_bias": rand(5).float(), "A": -rand(5).float().abs(), "D": rand(5).float(), "chunk_size": 64,
+            "rmsnorm_weight": rand(inner), "headdim": 24, "initial_states": rand(batch, 5, 24, 20).float(),
+            "return_final_states": True, "backend": "triton"}
+
+
+def mixer(arguments, **changes):
+    return ops.mamba_split_conv1d_scan_combined(**arguments | changes)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_first_call_of_a_mixer_gives_what_others_do(dtype, monkeypatch):
+    monkeypatch.setattr(first_call, "_known", set())
+    runs = []
+    monkeypatch.setattr(ssd_op, "run_side_by_side", lambda *given: runs.append(first_call.run_side_by_side(*given)))
+    arguments, tolerance = mixer_arguments(dtype), 0.05 if dtype == BF16 else 1e-3
+    first = mixer(arguments)
+    assert len(runs) == 1
+    for one, other, wanted in zip(first, mixer(arguments), mixer(arguments, backend="reference"), strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, wanted, rtol=tolerance, atol=tolerance)
+    assert len(runs) == 1
+
+
+def test_the_first_call_of_a_mixer_names_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(first_call, "_known", set())
+    with pytest.raises(ValueError, match=r"initial_states has shape \(2, 5, 24, 20\)"):
+        mixer(mixer_arguments(F32), initial_states=torch.zeros(2, 5, 24, 20, device="cuda"))
+
+
+def test_a_mixer_is_captured_though_it_is_the_first_of_its_kind(monkeypatch):
+    arguments = mixer_arguments(F16)
+    wanted = mixer(arguments)[0]                # compiles
+    monkeypatch.setattr(first_call, "_known", set())
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = mixer(arguments)[0]
+    graph.replay()
+    assert torch.equal(y, wanted)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .pointwise import silu
 from .rows import empty_in_rows
+from .variants import compile_side_by_side
 
 
 # x may be part of wider rows, whose size and address are not specialised: layers that all differ compile few kernels.
@@ -96,12 +97,17 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, in
     adjacent = "channel" if x.stride(1) == 1 else "time" if x.stride(2) == 1 else "none"
     outer = [stride for stride, axis in zip(x.stride(), ("batch", "channel", "time"), strict=True) if axis != adjacent]
     align = 8 if all(size % 8 == 0 for size in (*outer, x.data_ptr() // x.element_size())) else 1
-    _causal_conv1d_kernel[(grid,)](
+    arguments = (
         x, weight, bias, initial_states, seq_idx, y, final_states, length, channels,
         *(stride // align for stride in x.stride()), weight.stride(),
         None if initial_states is None else initial_states.stride(),
-        None if seq_idx is None else seq_idx.stride(), y.stride(), None if bias is None else bias.stride(0),
-        ADJACENT=adjacent, ALIGN=align, SILU=silu, WIDTH=width, BLOCK_C=block_c, BLOCK_T=block_t, num_warps=4)
+        None if seq_idx is None else seq_idx.stride(), y.stride(), None if bias is None else bias.stride(0))
+    options = {"ADJACENT": adjacent, "SILU": silu, "WIDTH": width, "BLOCK_C": block_c, "BLOCK_T": block_t,
+               "num_warps": 4}
+    kind = (x.device, *options.values(), return_state,
+            *(None if t is None else t.dtype for t in (x, weight, bias, initial_states, seq_idx)))
+    compile_side_by_side(_causal_conv1d_kernel, kind, arguments, [{"ALIGN": a} for a in (1, 8)], **options)
+    _causal_conv1d_kernel[(grid,)](*arguments, ALIGN=align, **options)
     return y, final_states
 
 

@@ -27,10 +27,12 @@ from shedder.ops.checks import (
     parameter,
 )
 from shedder.ops.conv1d import causal_conv1d_fn
+from shedder.ops.first_call import compiles_first, run_side_by_side
 from shedder.ops.gated_norm import rmsnorm_fn
 from shedder.ops.group_map import GroupMap, as_group_map, check_group_map
 from shedder.ops.register import register
 from shedder.ops.whole import take_whole
+from shedder.triton_kernels.rows import empty_in_rows
 
 MAX_HEADDIM = 256
 
@@ -268,26 +270,44 @@ def mamba_split_conv1d_scan_combined(
 
     batch, length = zxbcdt.shape[:2]
     mlp, z, xBC, dt = zxbcdt[..., :columns - row_padding].split([2 * d_mlp, inner, channels, heads], dim=-1)
-    xBC = causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx, activation=activation,
-                           backend=backend).transpose(1, 2)
-    x, B, C = xBC.split([inner, states // 2, states // 2], dim=-1)
-    scanned = mamba_chunk_scan_combined(
-        x.unflatten(-1, (heads, headdim)), dt, A, B.unflatten(-1, (ngroups, dstate)),
-        C.unflatten(-1, (ngroups, dstate)), chunk_size, D,
-        z.unflatten(-1, (heads, headdim)) if rmsnorm_weight is None else None, dt_bias, initial_states, seq_idx,
-        dt_softplus=True, dt_limit=dt_limit, return_final_states=True, state_dtype=state_dtype,
-        head_to_group=head_to_group, backend=backend)
-    out, final_states = scanned[0], scanned[1]
-    out = out.reshape(batch, length, inner)
-    if rmsnorm_weight is not None:
-        if norm_segments is None:
-            if inner % ngroups:
-                raise ValueError(f"norm_segments is None, but {inner} channels cannot be shared equally by {ngroups} "
-                                 "groups; accepted: (channels, eps) of each segment")
-            norm_segments = [(inner // ngroups, rmsnorm_eps)] * ngroups
-        out = rmsnorm_fn(out, rmsnorm_weight, None, z, norm_before_gate=norm_before_gate,
-                         segments=[size for size, _ in norm_segments],
-                         segment_eps=[eps for _, eps in norm_segments], backend=backend)
+    if rmsnorm_weight is not None and norm_segments is None:
+        if inner % ngroups:
+            raise ValueError(f"norm_segments is None, but {inner} channels cannot be shared equally by {ngroups} "
+                             "groups; accepted: (channels, eps) of each segment")
+        norm_segments = [(inner // ngroups, rmsnorm_eps)] * ngroups
+
+    def convolve(xBC: Tensor, seq_idx: Tensor | None) -> Tensor:
+        return causal_conv1d_fn(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx=seq_idx,
+                                activation=activation, backend=backend).transpose(1, 2)
+
+    def scan(xBC: Tensor, dt: Tensor, z: Tensor, initial_states: Tensor | None, seq_idx: Tensor | None) -> Any:
+        x, B, C = xBC.split([inner, states // 2, states // 2], dim=-1)
+        return mamba_chunk_scan_combined(
+            x.unflatten(-1, (heads, headdim)), dt, A, B.unflatten(-1, (ngroups, dstate)),
+            C.unflatten(-1, (ngroups, dstate)), chunk_size, D,
+            z.unflatten(-1, (heads, headdim)) if rmsnorm_weight is None else None, dt_bias, initial_states, seq_idx,
+            dt_softplus=True, dt_limit=dt_limit, return_final_states=True, state_dtype=state_dtype,
+            head_to_group=head_to_group, backend=backend)
+
+    def normalise(y: Tensor, z: Tensor) -> Tensor:
+        if rmsnorm_weight is None or norm_segments is None:
+            return y
+        return rmsnorm_fn(y, rmsnorm_weight, None, z, norm_before_gate=norm_before_gate,
+                          segments=[size for size, _ in norm_segments],
+                          segment_eps=[eps for _, eps in norm_segments], backend=backend)
+
+    dtypes = tuple(None if t is None else t.dtype for t in (zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D,
+                                                            initial_states, seq_idx, rmsnorm_weight))
+    if compiles_first(zxbcdt, backend, (dtypes, activation, norm_before_gate, dt_limit)):
+        xBC_of_one, dt_of_one, z_of_one = (t[:1] for t in (xBC, dt, z))
+        states_of_one, seq_idx_of_one = (None if t is None else t[:1] for t in (initial_states, seq_idx))
+        convolved = empty_in_rows(xBC_of_one.transpose(1, 2)).transpose(1, 2)
+        run_side_by_side((
+            lambda: convolve(xBC_of_one, seq_idx_of_one),
+            lambda: scan(convolved, dt_of_one, z_of_one, states_of_one, seq_idx_of_one),
+            lambda: normalise(zxbcdt.new_empty(1, length, inner), z_of_one)), zxbcdt.device)
+    out, final_states = scan(convolve(xBC, seq_idx), dt, z, initial_states, seq_idx)
+    out = normalise(out.reshape(batch, length, inner), z)
     if d_mlp:
         gate, value = mlp.chunk(2, dim=-1)
         out = torch.cat([F.silu(gate) * value, out], dim=-1)
