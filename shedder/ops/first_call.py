@@ -21,10 +21,10 @@ _known: set[Hashable] = set()
 
 def compiles_first(first: Tensor, backend: str | None, kind: Hashable) -> bool:
     """Whether a call with this first argument is the first of its kind on Triton, and may run more than it computes."""
-    if not first.is_cuda or is_traced() or (first.device, kind) in _known:
+    if not first.is_cuda or is_traced() or (first.device, kind) in _known or torch.cuda.is_current_stream_capturing():
         return False
-    by_itself = backend in (None, "auto") and unavailable("cuda") is not None and unavailable("triton") is None
-    if not (by_itself or backend == "triton") or torch.cuda.is_current_stream_capturing():
+    chosen = backend == "triton" or (backend in (None, "auto") and unavailable("cuda") is not None)
+    if not chosen or unavailable("triton") is not None:
         return False
     _known.add((first.device, kind))
     return True
