@@ -215,6 +215,7 @@ def test_passes_are_one_run_of_medians(tmp_path):
     assert data["runs"] == {"r1": {**RUN, "copy_tb_s": 4.1, "date": "2026-11-22T00:00:00Z", "passes": 3}}
     assert [(one["ours_us"], one["dense_us"], one["peer_us"]) for one in data["rows"]] == [
         (302.0, None, 705.0), (250.0, 302.0, data["rows"][1]["peer_us"])]
+    assert data["rows"][0]["note"] == ""                    # of the pass in the middle
     other = [(RUN, passes[0]), ({**RUN, "commit": "def"}, passes[1])]
     with pytest.raises(results.ResultsError, match="passes differ in commit: 'abc' and 'def'"):
         results.median_of_passes(other)
