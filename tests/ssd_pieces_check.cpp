@@ -15,10 +15,6 @@ using namespace shedder;
 
 namespace {
 
-SsdPlace place_of(const SsdParams &p, int number) {
-    return {number, 0, number < p.left * p.parts ? number / p.left : -1};
-}
-
 // What is wrong with a deal, or null. `places`: of states that clusters leave.
 const char *wrong_with(const SsdParams &p, int places) {
     const int chunks = (p.length + kChunk - 1) / kChunk;

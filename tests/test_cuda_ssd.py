@@ -232,7 +232,7 @@ def test_runs_on_the_current_stream_and_in_a_graph():
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):                           # capture happens on a side stream
         y, _ = run(case, 3)
-    for _ in range(3):                                      # by the same name of the call
+    for _ in range(3):                                      # each finds what the one before has cleared
         y.fill_(torch.nan)
         graph.replay()
     torch.cuda.synchronize()

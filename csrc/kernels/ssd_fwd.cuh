@@ -124,8 +124,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             if (Shared::kPairs) barrier_arrive_expecting(given_at, kGivenBytes);
         }
         barriers_are_there();
-        const int number = static_cast<int>(blockIdx.x) / p.cluster;
-        place = {number, static_cast<int>(blockIdx.x) % p.cluster, number < p.left * p.parts ? number / p.left : -1};
+        place = place_of(p, static_cast<int>(blockIdx.x));
     }
     if (p.cluster > 1) cluster_sync();                       // all have begun: from here on their barriers are there
     else __syncthreads();

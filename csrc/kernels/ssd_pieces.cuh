@@ -79,6 +79,11 @@ struct SsdPlace {
     int part;                                                // that it takes of a unit left over; below 0: none
 };
 
+__device__ __forceinline__ SsdPlace place_of(const SsdParams &p, int cta) {
+    const int number = cta / p.cluster;
+    return {number, cta % p.cluster, number < p.left * p.parts ? number / p.left : -1};
+}
+
 struct SsdPiece {                                            // chunks of one head (of one of its tiles)
     int unit, state, first, last;
     int takes, leaves;                                       // places of the states before and behind; -1: none
