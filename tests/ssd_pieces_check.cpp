@@ -88,8 +88,9 @@ bool is_right(const SsdParams &p, int places, const char *kind) {
     ++checked;
     const char *const wrong = wrong_with(p, places);
     if (wrong != nullptr)
-        std::printf("%s: %d units, %d clusters, %d left, parts %d, segments of %d, %d chunks: %s\n", kind, p.units, p.clusters,
-                    p.left, p.parts, p.segment_chunks, (p.length + kChunk - 1) / kChunk, wrong);
+        std::printf("%s: %d units, %d clusters, %d left, parts %d, chains of %d, segments of %d, %d chunks: %s\n", kind,
+                    p.units, p.clusters, p.left, p.parts, p.chain, p.segment_chunks, (p.length + kChunk - 1) / kChunk,
+                    wrong);
     return wrong == nullptr;
 }
 
@@ -107,8 +108,21 @@ int main() {
                     p.rounds = units / slots;
                     p.left = units % slots;
                     p.parts = parts;
+                    p.apart = p.left;
                     if (p.left == 0 || p.left * parts > slots || chunks < 2 * parts) continue;
                     right &= is_right(p, (2 * parts - 3) * p.left, "parts");
+                }
+        for (int slots : {7, 12, 132})
+            for (int units = slots + 1; units < 3 * slots; ++units)
+                for (int chain = 2; chain <= 8; ++chain) {
+                    SsdParams p = of_units(units, chunks);
+                    p.clusters = slots;
+                    p.rounds = units / slots;
+                    p.left = units % slots;
+                    p.chain = chain;
+                    p.apart = (p.left + chain - 1) / chain;
+                    if (p.left == 0 || p.left + p.apart > slots || chunks < chain + 1) continue;
+                    right &= is_right(p, p.left, "chains");
                 }
         for (int units : {1, 5, 40})
             for (int segments = 2; segments <= chunks; ++segments) {

@@ -3,6 +3,8 @@
 // A cluster takes its heads in rounds, neighbours side by side, so that what they read lies together in L2. What is
 // left over after the last full round is taken in parts by several clusters, one after another along the sequence: the
 // first before all else, the last after all else, those between in the middle of another head, so that nobody waits.
+// Where more is left than could be halved, a chain of m units is cut among m + 1 clusters, each of which takes the end
+// of one unit and the start of the next: starts get shorter along the chain.
 // Where there are few heads, a cluster takes a segment of its heads instead: it leaves the states that the segment ends
 // with if zeros come before it, adds up what those of all segments before it decay to, and only then walks along its
 // chunks for y. States wait in `carry`. A cluster waits only for those of lower numbers, which begin before it.
@@ -67,21 +69,42 @@ struct SsdParams {
     int units;                                               // of states; the last may repeat its last state
     int clusters, rounds;                                    // rounds of whole units
     int left, parts;                                         // units left over, and the parts that each is taken in
+    int chain;                                               // units of a chain; 0: there are none
+    int apart;                                               // from the cluster of a part to that of the next
     int segment_chunks;                                      // where clusters take segments of units; else 0
     bool dt_softplus, dt_float;
 };
 
 constexpr int kChunk = 64;
 
-// Where a CTA stands in the grid. Lies in shared memory: registers are short.
+// Where a CTA stands in the grid, and what its cluster takes of units left over. Lies in shared memory: registers are
+// short.
 struct SsdPlace {
     int number, rank;                                        // of the cluster, and in it
-    int part;                                                // that it takes of a unit left over; below 0: none
+    int start;                                               // chunks of a unit `number` that it takes before all else
+    int end;                                                 // first chunk that it takes of a unit after all else; 0: none
+    int between, resumes;                                    // the part that it takes in the middle of another head, and
+                                                             // the first chunk of that head behind it; 0: none
 };
 
 __device__ __forceinline__ SsdPlace place_of(const SsdParams &p, int cta) {
-    const int number = cta / p.cluster;
-    return {number, cta % p.cluster, number < p.left * p.parts ? number / p.left : -1};
+    const int chunks = (p.length + kChunk - 1) / kChunk;
+    SsdPlace place{cta / p.cluster, cta % p.cluster, 0, 0, 0, 0};
+    if (p.left == 0) return place;
+    const int at = place.number / p.apart;                   // in a chain, or among the parts of a unit
+    if (p.chain > 0) {
+        const auto cut = [&](int at) { return (at + 1) * p.chain * chunks / (p.chain + 1) - at * chunks; };
+        if (at < p.chain && place.number < p.left) place.start = cut(at);
+        if (at > 0 && place.number - p.apart < p.left) place.end = cut(at - 1);
+    } else if (at == 0) {
+        place.start = chunks / p.parts;
+    } else if (at == p.parts - 1) {
+        place.end = at * chunks / p.parts;
+    } else if (at < p.parts) {
+        place.between = at;
+        place.resumes = at * chunks / (p.parts - 1);
+    }
+    return place;
 }
 
 struct SsdPiece {                                            // chunks of one head (of one of its tiles)
@@ -91,8 +114,7 @@ struct SsdPiece {                                            // chunks of one he
 };
 
 __device__ __forceinline__ int pieces_of(const SsdParams &p, const SsdPlace &place) {
-    const bool interrupts = 0 < place.part && place.part < p.parts - 1;      // a head: then that is two pieces
-    return p.rounds + (place.part >= 0) + interrupts;
+    return p.rounds + (place.start > 0) + (place.end > 0) + (place.between > 0 ? 2 : 0);     // that, and a head in two
 }
 
 __device__ __forceinline__ SsdPiece piece_of(const SsdParams &p, const SsdPlace &place, int piece) {
@@ -108,22 +130,28 @@ __device__ __forceinline__ SsdPiece piece_of(const SsdParams &p, const SsdPlace 
         takes = number - p.units;
         leaves = of.last < chunks ? number : -1;
     } else {
-        const int part = place.part, between = part < p.parts - 1;
-        // The place of the part among the pieces, and where it interrupts the first head.
-        const int at = part <= 0 ? 0 : between ? 1 : p.rounds;
-        const int interrupt = part > 0 && between ? part * chunks / (p.parts - 1) : 0;
-        if (part >= 0 && piece == at) {
-            of.unit = p.rounds * p.clusters + number - part * p.left;
-            of.first = part * chunks / p.parts;
-            of.last = (part + 1) * chunks / p.parts;
-            takes = number - p.left;
-            leaves = between ? number : -1;
+        const int left = p.rounds * p.clusters;              // the first unit left over
+        const bool interrupted = place.between > 0;
+        const int own = piece - (place.start > 0);
+        if (own < 0) {
+            of.unit = left + number;
+            of.last = place.start;
+            leaves = number;
+        } else if (interrupted && own == 1) {
+            of.unit = left + number - place.between * p.apart;
+            of.first = place.between * chunks / p.parts;
+            of.last = (place.between + 1) * chunks / p.parts;
+            takes = number - p.apart;
+            leaves = number;
+        } else if (own == p.rounds + 2 * interrupted) {
+            of.unit = left + number - (p.chain > 0 ? 1 : p.parts - 1) * p.apart;
+            of.first = place.end;
+            takes = number - p.apart;
         } else {
-            const int own = piece - (part >= 0 && piece > at) - (interrupt > 0 && piece > at);
-            const int resumed = (p.parts - 2) * p.left + number;             // behind the places of parts
-            of.unit = own * p.clusters + number;
-            if (interrupt > 0 && piece == 0) of.last = interrupt, leaves = resumed;
-            if (interrupt > 0 && piece == 2) of.first = interrupt, of.unit = number, takes = resumed;
+            const int resumed = (p.parts - 2) * p.apart + number;            // behind the places of parts
+            of.unit = max(own - 2 * interrupted, 0) * p.clusters + number;
+            if (interrupted && own == 0) of.last = place.resumes, leaves = resumed;
+            if (interrupted && own == 2) of.first = place.resumes, takes = resumed;
         }
     }
     of.state = min(of.unit * p.cluster + place.rank, p.states - 1);

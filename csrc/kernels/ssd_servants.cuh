@@ -47,7 +47,7 @@ struct SsdShared {
     static constexpr int kChannelsThere = kStatesThere + kStages * 8, kIsFree = kChannelsThere + kStages * 8;
     static constexpr int kGivenThere = kIsFree + kStages * 8;
     static constexpr int kPlace = kGivenThere + kGivenPlaces * 8;
-    static constexpr int kBytes = kPlace + 16 + 1024;          // and room to align the first tile
+    static constexpr int kBytes = kPlace + sizeof(SsdPlace) + 1024;        // and room to align the first tile
 };
 
 // CTAs of a multiprocessor. Where there are two, the consumer takes registers of the other warps.

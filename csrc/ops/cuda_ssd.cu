@@ -71,6 +71,15 @@ int best_parts(int left, int slots, int chunks) {
     return parts < 2 ? 0 : parts;
 }
 
+// How many units left over make up a chain, where there are no clusters for two parts of each: the fewest by which there
+// are clusters enough. 0: the last round would be shorter by less than it costs to hand states on.
+int best_chain(int left, int slots, int chunks) {
+    constexpr int kLeastSaved = 4;
+    int chain = 2;
+    while (left + (left + chain - 1) / chain > slots) ++chain;
+    return chunks / (chain + 1) < kLeastSaved ? 0 : chain;
+}
+
 // A word that no memory holds by chance, another one for each call (the mixing steps of SplitMix64, Steele et al. 2014).
 uint64_t name_of_call() {
     static std::atomic<uint64_t> calls{0};
@@ -103,12 +112,15 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
         p.clusters += static_cast<int>(places);
     } else if (p.units > slots) {
         const int left = p.units % slots, parts = best_parts(left, slots, chunks);
-        if (parts > 0) {
+        const int chain = left > 0 && parts == 0 ? best_chain(left, slots, chunks) : 0;
+        if (parts > 0 || chain > 0) {
             p.clusters = slots;
             p.rounds = p.units / slots;
             p.left = left;
             p.parts = parts;
-            places = (2 * parts - 3) * left;                 // behind a part, and of heads that are interrupted
+            p.chain = chain;
+            p.apart = chain > 0 ? (left + chain - 1) / chain : left;
+            places = chain > 0 ? left : (2 * parts - 3) * left;              // behind a part, and of heads interrupted
         }
     }
     places *= p.cluster;
