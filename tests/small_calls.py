@@ -122,6 +122,9 @@ def ssds(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
     yield ssd(4, 130, 67, 61, 101, packed=True)         # clusters
     yield ssd(4, 270, 67, 61, 101, extras=False)        # and heads taken in parts
     yield ssd(4, 270, 67, 64, 64, extras=False)
+    yield ssd(1, 770, 201, 16, 144, extras=False)       # and in chains
+    yield ssd(6, 130, 70, 64, 40, extras=False)         # three on a multiprocessor
+    yield ssd(6, 130, 70, 60, 20, extras=False)
     yield ssd(4, 270, 68, 60, 100, extras=False)        # two heads that share pieces of y,
     yield ssd(4, 270, 72, 61, 101, extras=False)        # and some with other pairs
 

@@ -98,10 +98,11 @@ __device__ __forceinline__ void weigh_for_state(const uint32_t (&x)[4][4], SsdWe
 }
 
 template <typename Input, int kStates16, SsdForm kForm>
-__global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid_constant__ SsdParams p) {
+__global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const __grid_constant__ SsdParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using Shared = SsdShared<kStates16, kForm>;
     constexpr bool kExtras = Shared::kExtras, kMixed = Shared::kMixed, kWords = kForm == SsdForm::kWords;
+    constexpr int kCtas = kSsdCtas<kStates16, kForm>;
     extern __shared__ char shared_memory[];
     char *const shared = shared_memory + (-shared_address(shared_memory) & 1023);
     const uint32_t shared_at = shared_address(shared), states_there = shared_at + Shared::kStatesThere,
@@ -131,13 +132,13 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
     wait_for_kernel_before();
     const int role = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (role >= 4) {
-        if constexpr (kSsdCtas<kStates16> == 2) give_registers<kServantRegisters<Shared>>();
+        if constexpr (kCtas > 1) give_registers<kServantRegisters<kStates16, kForm>>();
         if (role < kCopyWarp) store_y<Input, Shared>(p, place, shared, shared_at);
         else if (kWords && role == kCopyWarp) copy_with_words<Shared>(p, place, shared_at);
         else produce<Input, Shared>(p, place, shared, shared_at);
         return;
     }
-    if constexpr (kSsdCtas<kStates16> == 2) take_registers<kConsumerRegisters<Shared>>();
+    if constexpr (kCtas > 1) take_registers<kConsumerRegisters<kStates16, kForm>>();
     unsigned thread = threadIdx.x;
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = threadIdx.x % 32;
 
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             wgmma_wait<0>();
             pin(S);
         };
-        constexpr bool kEarly = kStates16 <= 8;              // S while the y before leaves; else registers are short
+        constexpr bool kEarly = kCtas == 2;                  // S while the y before leaves; else registers are short
         // x while S is waited for: two loads in turn, the branch between which keeps others waiting (measured on an H200).
         constexpr bool kLoadsEarly = kEarly && Shared::kHasRest && !kExtras;
         if constexpr (kEarly) take_scores();
@@ -409,8 +410,8 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16>) ssd_fwd(const __grid
             fence_for_copies();
 
             // h C^T: on its way while x is loaded, or, where registers are too few for both, a few states at a time.
-            constexpr bool kAtOnce = kStates16 <= 8;
-            constexpr int kBatch = kAtOnce ? kStates16 : 4;
+            constexpr bool kAtOnce = kCtas == 2;
+            constexpr int kBatch = kAtOnce || kStates16 < 4 ? kStates16 : 4;
             uint32_t h16[kBatch][4];
             auto add_states = [&](int first) {
 #pragma unroll

@@ -90,7 +90,8 @@ __device__ __forceinline__ void store_words(char *y, int64_t stride, const char 
             store_column<2>(to, 2 * stride, row0, rows,
                             [&](uint32_t turn, uint32_t down) { return load(low, turn, down); });
     }
-    const int token = static_cast<int>(thread);
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));     // anew, else what follows is found early and spills
+    const int token = static_cast<int>(thread % 64);
     if (token >= rows) return;
     char *const row = y + token * stride;
     const auto store_half = [&](int channel) {

@@ -50,19 +50,21 @@ struct SsdShared {
     static constexpr int kBytes = kPlace + sizeof(SsdPlace) + 1024;        // and room to align the first tile
 };
 
-// CTAs of a multiprocessor. Where there are two, the consumer takes registers of the other warps.
-template <int kStates16>
-constexpr int kSsdCtas = kStates16 <= 8 ? 2 : 1;
+// CTAs of a multiprocessor: as many as there are registers for. Where there are several, the consumer takes some of the
+// other warps'.
+template <int kStates16, SsdForm kForm>
+constexpr int kSsdCtas = kStates16 > 8 ? 1
+    : kStates16 <= (kForm == SsdForm::kPlain ? 3 : kForm == SsdForm::kAnywhere ? 2 : 0) ? 3 : 2;
 // Of a state that waits in `carry`: fragments of 128 threads, and a decay of each.
 template <int kStates16>
 constexpr int kCarryFloats = (kStates16 * 8 + 1) * 128;
 // Warps 4 and 5 store y, which is the most work beside the products: on the schedulers of the consumer's warps that
 // have the fewest scores. 6 copies, 7 prepares decays.
 constexpr int kCopyWarp = 6;
-template <typename Shared>
-constexpr int kServantRegisters = Shared::kExtras ? 56 : 48;
-template <typename Shared>
-constexpr int kConsumerRegisters = 256 - kServantRegisters<Shared>;
+template <int kStates16, SsdForm kForm>
+constexpr int kServantRegisters = kForm == SsdForm::kExtras ? 56 : kSsdCtas<kStates16, kForm> == 3 ? 40 : 48;
+template <int kStates16, SsdForm kForm>
+constexpr int kConsumerRegisters = (kSsdCtas<kStates16, kForm> == 3 ? 160 : 256) - kServantRegisters<kStates16, kForm>;
 
 // Shares of the rows of B and C that a CTA brings: all of them, or one that goes to all CTAs of its cluster.
 struct SsdShares {

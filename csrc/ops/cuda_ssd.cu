@@ -23,12 +23,13 @@ bool is_hopper(int32_t device) {
 
 // Concurrent segments of each head, where the heads leave room on the GPU for several of them at once: as many as take
 // the least time, if that saves a twentieth. By times of an H200, in chunks of a whole sequence: a chunk that is passed
-// twice takes 1.85, 1.3 times as long where two CTAs share a multiprocessor, a state taken from another 0.8, the rest 1.
+// twice takes 1.85, 1.3 times as long where two CTAs share a multiprocessor, 1.7 where three do, a state taken from
+// another 0.8, the rest 1.
 int best_segments(int64_t units, int slots, int processors, int chunks) {
     int best = 1;
     double least = 0.95 * chunks;
     for (int count = 2; count <= std::min<int64_t>(slots / units, chunks); ++count) {
-        const double crowd = count * units > processors ? 1.3 : 1.0;
+        const double crowd = count * units > 2 * processors ? 1.7 : count * units > processors ? 1.3 : 1.0;
         const double time = 1.85 * crowd * ((chunks + count - 1) / count) + 0.8 * count + 1;
         if (time < least) best = count, least = time;
     }
@@ -91,7 +92,8 @@ uint64_t name_of_call() {
 
 template <typename Input, int kStates16, SsdForm kForm>
 void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
-    constexpr int kShared = SsdShared<kStates16, kForm>::kBytes;
+    constexpr int kShared = SsdShared<kStates16, kForm>::kBytes, kReserved = 1024;               // for each CTA
+    static_assert(kSsdCtas<kStates16, kForm> * (kShared + kReserved) <= 228 * 1024);
     const auto kernel = ssd_fwd<Input, kStates16, kForm>;
     const cudaError_t allowed =                              // of this device; each time, since it costs little
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
@@ -99,7 +101,7 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
 
     const int chunks = (p.length + kChunk - 1) / kChunk;
     const int processors = multiprocessors(B.get_device_index());
-    const int slots = processors * kSsdCtas<kStates16> / p.cluster;     // of clusters
+    const int slots = processors * kSsdCtas<kStates16, kForm> / p.cluster;     // of clusters
     p.units = (p.states + p.cluster - 1) / p.cluster;
     if (segments == 0) segments = best_segments(p.units, slots, processors / p.cluster, chunks);
     p.clusters = p.units;
@@ -156,6 +158,7 @@ template <typename Input>
 void launch_for_states(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
     const int needed = (p.dstate + 15) / 16;
     if (needed <= 2) return launch<Input, 2>(p, B, C, segments, stream);
+    if (needed <= 3) return launch<Input, 3>(p, B, C, segments, stream);
     if (needed <= 4) return launch<Input, 4>(p, B, C, segments, stream);
     if (needed <= 5) return launch<Input, 5>(p, B, C, segments, stream);
     if (needed <= 6) return launch<Input, 6>(p, B, C, segments, stream);
