@@ -6,6 +6,7 @@
 #include "kernels/causal_conv1d_channels.cuh"
 #include "kernels/causal_conv1d_time.cuh"
 #include "ops/cuda_conv_step.h"
+#include "ops/cuda_device.h"
 #include "ops/cuda_launch.h"
 #include "ops/cuda_launchers.h"
 
@@ -42,16 +43,18 @@ CausalConv1dParams conv_params(const Arguments &arguments, const Tensor &x, cons
     return p;
 }
 
-// Tokens that one thread walks over: 32 (the three before them are read again), fewer where that leaves SMs idle.
-// Measured with 5376 channels: at B1 L512 4, 8, 16, 32 tokens take 8.4, 6.7, 6.5, 7.8 us, at B8 L2048 32 and 64 the same.
-int64_t steps_for(int64_t length, int64_t warps_of_a_chunk) {
+// Tokens that one thread walks over: 32 (the three before them are read again), fewer where that leaves multiprocessors
+// with less than two CTAs. Measured with 5376 channels: at B1 L512 4, 8, 16, 32 tokens take 8.4, 6.7, 6.5, 7.8 us, at
+// B8 L2048 32 and 64 the same.
+int64_t steps_for(int64_t length, int64_t warps_of_a_chunk, int32_t device) {
+    const int64_t least = int64_t{2} * multiprocessors(device) * (kConvThreads / 32);
     int64_t steps = 32;
-    while (steps > 4 && (length + steps - 1) / steps * warps_of_a_chunk < 1024) steps /= 2;
+    while (steps > 4 && (length + steps - 1) / steps * warps_of_a_chunk < least) steps /= 2;
     return steps;
 }
 
 template <typename T, bool kFull, bool kPacked>
-void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
+void launch_conv(CausalConv1dParams &p, int32_t device, cudaStream_t stream) {
     constexpr const char *kOp = "causal_conv1d";
     constexpr int64_t size = sizeof(T), kWarps = kConvThreads / 32;
     const ConvStrides &x = p.x_strides, &y = p.y_strides;
@@ -59,7 +62,7 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
     if (p.channels >= kTileChannels && x.channel == 1 && y.channel == 1
         && on_grid(p.y, size, {y.batch, y.time}, kBytes)) {
         const int64_t tiles = (p.channels + kTileChannels - 1) / kTileChannels;
-        p.steps = static_cast<int>(steps_for(p.length, tiles * p.batch));
+        p.steps = static_cast<int>(steps_for(p.length, tiles * p.batch, device));
         const unsigned blocks = blocks_for(kOp, p.batch * tiles * ((p.length + p.steps - 1) / p.steps), kWarps);
         if (on_grid(p.x, size, {x.batch, x.time}))
             launch_ctas(causal_conv1d_channels<T, true, kFull, kPacked>, {blocks, kConvThreads}, stream, p);
@@ -88,19 +91,20 @@ void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
             launch_ctas(causal_conv1d_time<T, kFull, kPacked, Grid::kOther>, {blocks, kConvThreads}, stream, p);
         return;
     }
-    p.steps = static_cast<int>(steps_for(p.length, (p.batch * p.channels + 31) / 32));
+    p.steps = static_cast<int>(steps_for(p.length, (p.batch * p.channels + 31) / 32, device));
     const int64_t tasks = p.batch * p.channels * ((p.length + p.steps - 1) / p.steps);
     launch_ctas(causal_conv1d_any<T>, {blocks_for(kOp, tasks, kConvThreads), kConvThreads}, stream, p);
 }
 
 template <typename T>
-void launch_conv(CausalConv1dParams &p, cudaStream_t stream) {
+void launch_conv(CausalConv1dParams &p, int32_t device, cudaStream_t stream) {
     const int64_t tap = p.weight.kind == FloatKind::kFloat ? 4 : 2;
     const bool full = p.width == kMaxWidth && p.weight_tap_stride == 1 && p.weight_channel_stride == kMaxWidth
         && reinterpret_cast<uintptr_t>(p.weight.data) % (kMaxWidth * tap) == 0;
     const bool packed = p.seq_idx != nullptr;
-    if (full) return packed ? launch_conv<T, true, true>(p, stream) : launch_conv<T, true, false>(p, stream);
-    return packed ? launch_conv<T, false, true>(p, stream) : launch_conv<T, false, false>(p, stream);
+    const auto launch = full ? packed ? launch_conv<T, true, true> : launch_conv<T, true, false>
+                             : packed ? launch_conv<T, false, true> : launch_conv<T, false, false>;
+    launch(p, device, stream);
 }
 
 }  // namespace
@@ -136,7 +140,7 @@ void causal_conv1d_to_parts(const Tensor &x, const Tensor &weight, const MaybeTe
     STD_TORCH_CHECK(p.length > 0, "shedder_cuda::causal_conv1d: L is 0; accepted: 1 and more");
     if (p.batch == 0 || p.channels == 0) return;
     arguments.launch(x.scalar_type(), [&](auto *type, cudaStream_t stream) {
-        launch_conv<std::remove_pointer_t<decltype(type)>>(p, stream);
+        launch_conv<std::remove_pointer_t<decltype(type)>>(p, arguments.device, stream);
     });
 }
 
