@@ -7,9 +7,10 @@
 // segment in each row, kVectors times 16 bytes for a lane, so that weights stay in registers; the next row is on its
 // way while this one is reduced, and between the sum and the scaling a row lives in registers. Each group has one
 // partial sum.
-// Rows and segments off the 16-byte grid: the launcher makes the distance between a CTA's rows a multiple of 32 bytes,
-// so that they all lie alike, and the groups of a segment start at the sector of L2 that its first channel lies in: a
-// sector that two warps share would be read, and written in part, by both.
+// Rows and segments off the 16-byte grid: the groups of a segment start at the line of memory that its first channel lies
+// in, or at the sector of L2 where more threads were needed for lines: what two warps share of a sector would be read,
+// and written in part, by both. The launcher makes the distance between a CTA's rows a multiple of that, so that all lie
+// alike.
 // Bound: bytes of x, z and y.
 
 #pragma once

@@ -1,6 +1,7 @@
 // Launcher of the gated RMSNorm: checks, the number of threads for a row, as many CTAs as run at once.
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "kernels/gated_rmsnorm.cuh"
@@ -28,7 +29,7 @@ Grid grid_of(const GatedRMSNormParams &p, int64_t size) {
 // False if a row takes more threads than `most`.
 template <typename T, bool kNormBeforeGate, int kLanes, Grid kGrid, bool kBias, int kVectors>
 bool launch_with(GatedRMSNormParams &p, int most, int32_t device, cudaStream_t stream) {
-    constexpr int kCount = 16 / static_cast<int>(sizeof(T)), kSector = 2 * kCount;
+    constexpr int kCount = 16 / static_cast<int>(sizeof(T)), kSector = 2 * kCount, kLine = 4 * kSector;
     const auto kernel = gated_rmsnorm_fwd<T, kNormBeforeGate, kLanes, kGrid, kBias, kVectors>;
     // Groups of a segment start at a multiple of `step` columns of memory, at or before it. Returns the threads of a row.
     const auto deal_groups = [&](int step) {
@@ -43,6 +44,7 @@ bool launch_with(GatedRMSNormParams &p, int most, int32_t device, cudaStream_t s
     };
     int threads = deal_groups(kSector);
     if (threads > most) threads = deal_groups(kCount);
+    else if (deal_groups(kLine) > threads) deal_groups(kSector);
     if (threads > most) return false;
     // CTAs that one SM holds, for each number of warps; asked once, since asking takes longer than a launch.
     static int of_threads[kMaxNormThreads / 32 + 1] = {};
@@ -51,11 +53,11 @@ bool launch_with(GatedRMSNormParams &p, int most, int32_t device, cudaStream_t s
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0);
         per_sm = std::max(per_sm, 1);
     }
-    // As many as have work to the last round. Rows of one CTA lie a multiple of 32 bytes apart.
-    constexpr int64_t kStep = kGrid == Grid::kWhole ? 1 : kSector;
-    const int64_t resident = std::max(int64_t{per_sm} * multiprocessors(device) / kStep, int64_t{1}) * kStep;
+    // As many as have work to the last round. Rows of one CTA lie alike: as many rows apart as make up whole steps.
+    const int64_t apart = kGrid == Grid::kWhole ? 1 : p.step / std::gcd(p.width, p.step);
+    const int64_t resident = std::max(int64_t{per_sm} * multiprocessors(device) / apart, int64_t{1}) * apart;
     const int64_t rounds = (p.rows + resident - 1) / resident, even = (p.rows + rounds - 1) / rounds;
-    const int64_t blocks = std::min(p.rows, (even + kStep - 1) / kStep * kStep);
+    const int64_t blocks = std::min(p.rows, (even + apart - 1) / apart * apart);
     launch_ctas(kernel, {static_cast<unsigned>(blocks), static_cast<unsigned>(threads)}, stream, p);
     return true;
 }
