@@ -188,8 +188,8 @@ def assert_each_entry_matches_a_call_of_its_own(case):
     assert_matches({**case, **alone})
 
 
-# An H200 holds 264 heads at once, 132 of many states, 396 of few. What is left over is taken in up to 4 parts, a head of
-# a whole round interrupted for those between, or, where it is more than half, one by one.
+# An H200 holds 264 heads at once, 132 of many states, 396 of few. What is left over is taken in up to 4 parts, a head
+# of a whole round interrupted for those between, or, where it is more than half, one by one.
 @pytest.mark.parametrize(("batch", "heads"), [(1, 265), (4, 80), (5, 61), (8, 41), (6, 64), (3, 175)])
 @pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (16, 200), (32, 96), (64, 40), (60, 20)])
 def test_heads_left_over_are_taken_in_parts(batch, heads, headdim, dstate):
