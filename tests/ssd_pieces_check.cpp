@@ -101,29 +101,23 @@ int main() {
     for (int chunks : {1, 2, 3, 5, 8, 16, 31, 32, 33, 100}) {
         for (int units : {1, 5, 66, 264}) right &= is_right(of_units(units, chunks), 0, "whole units");
         for (int slots : {7, 12, 132})
-            for (int units = slots + 1; units < 3 * slots; ++units)
-                for (int parts = 2; parts <= 4; ++parts) {
-                    SsdParams p = of_units(units, chunks);
-                    p.clusters = slots;
-                    p.rounds = units / slots;
-                    p.left = units % slots;
-                    p.parts = parts;
+            for (int units = slots + 1; units < 3 * slots; ++units) {
+                SsdParams p = of_units(units, chunks);
+                p.clusters = slots;
+                p.rounds = units / slots;
+                p.left = units % slots;
+                if (p.left == 0) continue;
+                for (p.parts = 2; p.parts <= 4; ++p.parts) {
                     p.apart = p.left;
-                    if (p.left == 0 || p.left * parts > slots || chunks < 2 * parts) continue;
-                    right &= is_right(p, (2 * parts - 3) * p.left, "parts");
+                    if (p.left * p.parts <= slots && chunks >= 2 * p.parts)
+                        right &= is_right(p, (2 * p.parts - 3) * p.left, "parts");
                 }
-        for (int slots : {7, 12, 132})
-            for (int units = slots + 1; units < 3 * slots; ++units)
-                for (int chain = 2; chain <= 8; ++chain) {
-                    SsdParams p = of_units(units, chunks);
-                    p.clusters = slots;
-                    p.rounds = units / slots;
-                    p.left = units % slots;
-                    p.chain = chain;
-                    p.apart = (p.left + chain - 1) / chain;
-                    if (p.left == 0 || p.left + p.apart > slots || chunks < chain + 1) continue;
-                    right &= is_right(p, p.left, "chains");
+                p.parts = 0;
+                for (p.chain = 2; p.chain <= 8; ++p.chain) {
+                    p.apart = (p.left + p.chain - 1) / p.chain;
+                    if (p.left + p.apart <= slots && chunks > p.chain) right &= is_right(p, p.left, "chains");
                 }
+            }
         for (int units : {1, 5, 40})
             for (int segments = 2; segments <= chunks; ++segments) {
                 SsdParams p = of_units(units, chunks);
