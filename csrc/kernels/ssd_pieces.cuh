@@ -81,8 +81,8 @@ constexpr int kChunk = 64;
 // short.
 struct SsdPlace {
     int number, rank;                                        // of the cluster, and in it
-    int start;                                               // chunks of a unit `number` that it takes before all else
-    int end;                                                 // first chunk that it takes of a unit after all else; 0: none
+    int start;                                               // chunks that it takes of one before all else; 0: none
+    int end;                                                 // the chunk from which on it takes one after all else; 0: none
     int between, resumes;                                    // the part that it takes in the middle of another head, and
                                                              // the first chunk of that head behind it; 0: none
 };
@@ -93,7 +93,7 @@ __device__ __forceinline__ SsdPlace place_of(const SsdParams &p, int cta) {
     if (p.left == 0) return place;
     const int at = place.number / p.apart;                   // in a chain, or among the parts of a unit
     if (p.chain > 0) {
-        const auto cut = [&](int at) { return (at + 1) * p.chain * chunks / (p.chain + 1) - at * chunks; };
+        const auto cut = [&](int at) { return (p.chain - at) * chunks / (p.chain + 1); };
         if (at < p.chain && place.number < p.left) place.start = cut(at);
         if (at > 0 && place.number - p.apart < p.left) place.end = cut(at - 1);
     } else if (at == 0) {
