@@ -177,11 +177,11 @@ def test_neighbours_store_into_the_same_words(headdim, first):
     assert_matches(case)
 
 
-def assert_each_entry_matches_a_call_of_its_own(case):
-    """And the last one the recurrence."""
+def assert_entries_match_calls_of_their_own(case):
+    """The first and the last entry of the batch, where units left over lie; the last one also the recurrence."""
     y, final = run(case)
     batch = len(case["x"])
-    for entry in {0, batch - 1}:                                     # the interrupted heads, and those left over
+    for entry in {0, batch - 1}:
         alone = {name: case[name][entry:entry + 1] for name in ("x", "dt", "B", "C", "initial_states")}
         want_y, want_final = run(case | alone, 1)
         assert torch.equal(y[entry:entry + 1], want_y) and torch.equal(final[entry:entry + 1], want_final)
@@ -193,19 +193,19 @@ def assert_each_entry_matches_a_call_of_its_own(case):
 @pytest.mark.parametrize(("batch", "heads"), [(1, 265), (4, 80), (5, 61), (8, 41), (6, 64), (3, 175)])
 @pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (16, 200), (32, 96), (64, 40), (60, 20)])
 def test_heads_left_over_are_taken_in_parts(batch, heads, headdim, dstate):
-    assert_each_entry_matches_a_call_of_its_own(inputs(batch, 650, heads, headdim, dstate, initial=True))
+    assert_entries_match_calls_of_their_own(inputs(batch, 650, heads, headdim, dstate, initial=True))
 
 
 # More than half of them, in chains where the sequence is long enough: of 2 and of 5 heads, or of clusters of heads.
 @pytest.mark.parametrize(("batch", "length", "heads"), [(5, 800, 82), (4, 1600, 120)])
 @pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101)])
 def test_heads_left_over_are_taken_in_chains(batch, length, heads, headdim, dstate):
-    assert_each_entry_matches_a_call_of_its_own(inputs(batch, length, heads, headdim, dstate, initial=True))
+    assert_entries_match_calls_of_their_own(inputs(batch, length, heads, headdim, dstate, initial=True))
 
 
 @pytest.mark.parametrize(("batch", "heads", "dstate"), [(1, 205, 200), (6, 105, 40), (9, 70, 20)])
 def test_chains_of_many_and_of_few_states(batch, heads, dstate):
-    assert_each_entry_matches_a_call_of_its_own(inputs(batch, 800, heads, 64, dstate, initial=True))
+    assert_entries_match_calls_of_their_own(inputs(batch, 800, heads, 64, dstate, initial=True))
 
 
 def test_steps_may_be_negative():

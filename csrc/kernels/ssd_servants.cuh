@@ -50,11 +50,15 @@ struct SsdShared {
     static constexpr int kBytes = kPlace + sizeof(SsdPlace) + 1024;        // and room to align the first tile
 };
 
-// CTAs of a multiprocessor: as many as there are registers for. Where there are several, the consumer takes some of the
-// other warps'.
+// States / 16 up to which three CTAs of a multiprocessor have registers enough.
+template <SsdForm kForm>
+constexpr int kFewStates16 = kForm == SsdForm::kPlain ? 3 : kForm == SsdForm::kAnywhere ? 2 : 0;
+// CTAs of a multiprocessor. Where there are several, the consumer takes registers of the other warps.
 template <int kStates16, SsdForm kForm>
-constexpr int kSsdCtas = kStates16 > 8 ? 1
-    : kStates16 <= (kForm == SsdForm::kPlain ? 3 : kForm == SsdForm::kAnywhere ? 2 : 0) ? 3 : 2;
+constexpr int kSsdCtas = kStates16 > 8 ? 1 : kStates16 > kFewStates16<kForm> ? 2 : 3;
+// Registers of a thread before that, in eights.
+template <int kStates16, SsdForm kForm>
+constexpr int kSsdRegisters = 65536 / 256 / kSsdCtas<kStates16, kForm> / 8 * 8;
 // Of a state that waits in `carry`: fragments of 128 threads, and a decay of each.
 template <int kStates16>
 constexpr int kCarryFloats = (kStates16 * 8 + 1) * 128;
@@ -64,7 +68,7 @@ constexpr int kCopyWarp = 6;
 template <int kStates16, SsdForm kForm>
 constexpr int kServantRegisters = kForm == SsdForm::kExtras ? 56 : kSsdCtas<kStates16, kForm> == 3 ? 40 : 48;
 template <int kStates16, SsdForm kForm>
-constexpr int kConsumerRegisters = (kSsdCtas<kStates16, kForm> == 3 ? 160 : 256) - kServantRegisters<kStates16, kForm>;
+constexpr int kConsumerRegisters = 2 * kSsdRegisters<kStates16, kForm> - kServantRegisters<kStates16, kForm>;
 
 // Shares of the rows of B and C that a CTA brings: all of them, or one that goes to all CTAs of its cluster.
 struct SsdShares {

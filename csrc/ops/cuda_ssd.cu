@@ -92,8 +92,8 @@ uint64_t name_of_call() {
 
 template <typename Input, int kStates16, SsdForm kForm>
 void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segments, cudaStream_t stream) {
-    constexpr int kShared = SsdShared<kStates16, kForm>::kBytes, kReserved = 1024;               // for each CTA
-    static_assert(kSsdCtas<kStates16, kForm> * (kShared + kReserved) <= 228 * 1024);
+    constexpr int kShared = SsdShared<kStates16, kForm>::kBytes;
+    static_assert(kSsdCtas<kStates16, kForm> * (kShared + 1024) <= 228 * 1024);          // the driver takes 1024 for each
     const auto kernel = ssd_fwd<Input, kStates16, kForm>;
     const cudaError_t allowed =                              // of this device; each time, since it costs little
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
