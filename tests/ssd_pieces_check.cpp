@@ -103,9 +103,9 @@ bool is_right(const SsdParams &p, int places, const char *kind) {
     ++checked;
     const char *const wrong = wrong_with(p, places);
     if (wrong != nullptr)
-        std::printf("%s: %d units, %d clusters, %d left, parts %d, chains of %d, segments of %d, %d chunks: %s\n", kind,
-                    p.units, p.clusters, p.left, p.parts, p.chain, p.segment_chunks, (p.length + kChunk - 1) / kChunk,
-                    wrong);
+        std::printf("%s: %d units, %d clusters, %d left, parts %d, chains of %d, segments of %d behind %d whole, %d chunks: %s\n", kind,
+                    p.units, p.clusters, p.left, p.parts, p.chain, p.segment_chunks, p.whole,
+                    (p.length + kChunk - 1) / kChunk, wrong);
     return wrong == nullptr;
 }
 
@@ -134,13 +134,15 @@ int main() {
                 }
             }
         for (int units : {1, 5, 40})
-            for (int segments = 2; segments <= chunks; ++segments) {
-                SsdParams p = of_units(units, chunks);
-                p.segment_chunks = (chunks + segments - 1) / segments;
-                const int count = (chunks + p.segment_chunks - 1) / p.segment_chunks;
-                p.clusters = units * count;
-                right &= is_right(p, units * (count - 1), "segments");
-            }
+            for (int whole : {0, 1, 4, 30})
+                for (int segments = 2; whole < units && segments <= chunks; ++segments) {
+                    SsdParams p = of_units(units, chunks);
+                    p.whole = whole;
+                    p.segment_chunks = (chunks + segments - 1) / segments;
+                    const int count = (chunks + p.segment_chunks - 1) / p.segment_chunks;
+                    p.clusters = whole + (units - whole) * count;
+                    right &= is_right(p, (units - whole) * (count - 1), "segments");
+                }
     }
     std::printf("%d deals\n", checked);
     return right ? 0 : 1;

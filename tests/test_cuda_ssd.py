@@ -191,9 +191,23 @@ def assert_entries_match_calls_of_their_own(case):
 # An H200 holds 264 heads at once, 132 of many states, 396 of few. What is left over is taken in up to 4 parts, a head
 # of a whole round interrupted for those between, or, where it is more than half, one by one.
 @pytest.mark.parametrize(("batch", "heads"), [(1, 265), (4, 80), (5, 61), (8, 41), (6, 64), (3, 175)])
-@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (16, 200), (32, 96), (64, 40), (60, 20)])
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (61, 101), (16, 200), (64, 40), (60, 20)])
 def test_heads_left_over_are_taken_in_parts(batch, heads, headdim, dstate):
     assert_entries_match_calls_of_their_own(inputs(batch, 650, heads, headdim, dstate, initial=True))
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(2, 265), (8, 80), (10, 61), (12, 64)])
+def test_tiles_of_two_heads_left_over_are_taken_in_parts(batch, heads):
+    assert_entries_match_calls_of_their_own(inputs(batch, 650, heads, 32, 96, initial=True))
+
+
+# Up to half as many again as there are multiprocessors: the last ones are cut in segments, beside the first ones.
+@pytest.mark.parametrize(("batch", "length", "tiles"), [(1, 1153, 134), (2, 2000, 80), (3, 2000, 50)])
+@pytest.mark.parametrize(("headdim", "dstate", "heads_of_two_tiles"),
+                         [(64, 128, 2), (60, 100, 2), (61, 20, 2), (128, 24, 1), (32, 96, 4), (64, 200, 2)])
+def test_heads_taken_whole_beside_segments_of_others(batch, length, tiles, headdim, dstate, heads_of_two_tiles):
+    heads = tiles // 2 * heads_of_two_tiles
+    assert_matches(inputs(batch, length, heads, headdim, dstate, initial=True))
 
 
 # More than half of them, in chains where the sequence is long enough: of 2 and of 5 heads, or of clusters of heads.

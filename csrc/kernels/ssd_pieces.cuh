@@ -7,7 +7,8 @@
 // of one unit and the start of the next: starts get shorter along the chain.
 // Where there are few heads, a cluster takes a segment of its heads instead: it leaves the states that the segment ends
 // with if zeros come before it, adds up what those of all segments before it decay to, and only then walks along its
-// chunks for y. States wait in `carry`. A cluster waits only for those of lower numbers, which begin before it.
+// chunks for y. Where there are a few heads more than multiprocessors, the first ones are taken whole, and the others in
+// segments beside them. States wait in `carry`. A cluster waits only for those of lower numbers, which begin before it.
 
 #pragma once
 
@@ -72,6 +73,7 @@ struct SsdParams {
     int chain;                                               // units of a chain; 0: there are none
     int apart;                                               // from the cluster of a part to that of the next
     int segment_chunks;                                      // where clusters take segments of units; else 0
+    int whole;                                               // units before those, each taken by one cluster
     bool dt_softplus, dt_float;
 };
 
@@ -122,13 +124,16 @@ __device__ __forceinline__ SsdPiece piece_of(const SsdParams &p, const SsdPlace 
     SsdPiece of{number, 0, 0, chunks, -1, -1, 1, 0};
     int takes = -1, leaves = -1;                             // of clusters
     if (p.segment_chunks > 0) {
-        of.unit = number % p.units;
-        of.taken = number / p.units;
-        of.apart = p.units * p.cluster;
-        of.first = number / p.units * p.segment_chunks;
-        of.last = min(of.first + p.segment_chunks, chunks);
-        takes = number - p.units;
-        leaves = of.last < chunks ? number : -1;
+        const int cut = p.units - p.whole, at = number - p.whole;
+        if (at >= 0) {
+            of.unit = p.whole + at % cut;
+            of.taken = at / cut;
+            of.apart = cut * p.cluster;
+            of.first = at / cut * p.segment_chunks;
+            of.last = min(of.first + p.segment_chunks, chunks);
+            takes = at - cut;
+            leaves = of.last < chunks ? at : -1;
+        }
     } else {
         const int left = p.rounds * p.clusters;              // the first unit left over
         const bool interrupted = place.between > 0;

@@ -21,17 +21,34 @@ bool is_hopper(int32_t device) {
         && device_attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
 }
 
-// Concurrent segments of each head, where the heads leave room on the GPU for several of them at once: as many as take
-// the least time, if that saves a twentieth. By times of an H200, in chunks of a whole sequence: a chunk that is passed
-// twice takes 1.85, 1.3 times as long where two CTAs share a multiprocessor, 1.7 where three do, a state taken from
-// another 0.8, the rest 1.
-int best_segments(int64_t units, int slots, int processors, int chunks) {
-    int best = 1;
-    double least = 0.95 * chunks;
-    for (int count = 2; count <= std::min<int64_t>(slots / units, chunks); ++count) {
+// Concurrent segments of all units but the first ones, which are taken whole; one: of none.
+struct Segments {
+    int whole, count;
+};
+
+// Segments of each unit, where there is room on the GPU for several of them at once; or, where there are a few units more
+// than multiprocessors, of those only, beside the others: as many as take the least time, if that saves a twentieth, or
+// beside others three. By times of an H200, in chunks of a whole sequence: a chunk that is passed twice takes 1.85, 1.3
+// times as long where two CTAs share a multiprocessor, 1.7 where three do, a state taken from another 0.8, the rest 1; two
+// chunks side by side take 1.6.
+Segments best_segments(int units, int slots, int processors, int chunks, bool may_be_beside) {
+    const auto passed_twice = [&](int count, double crowd) {
+        return 1.85 * crowd * ((chunks + count - 1) / count) + 0.8 * count + 1;
+    };
+    constexpr double kTwo = 1.6;
+    const double whole = chunks * (units > processors ? kTwo : 1.0);
+    Segments best{0, 1};
+    double least = 0.95 * whole;
+    for (int count = 2; count <= std::min(slots / units, chunks); ++count) {
         const double crowd = count * units > 2 * processors ? 1.7 : count * units > processors ? 1.3 : 1.0;
-        const double time = 1.85 * crowd * ((chunks + count - 1) / count) + 0.8 * count + 1;
-        if (time < least) best = count, least = time;
+        const double time = passed_twice(count, crowd);
+        if (time < least) best = {0, count}, least = time;
+    }
+    const int beyond = may_be_beside && slots >= 2 * processors ? units - processors : 0;
+    least = std::min(least, 0.85 * whole);
+    for (int count = 2; beyond > 0 && count <= std::min(processors / beyond, chunks); ++count) {
+        const double beside = passed_twice(count, 1.3), time = std::max(beside, chunks + (1 - 1 / kTwo) * beside);
+        if (time < least) best = {processors, count}, least = time;
     }
     return best;
 }
@@ -103,14 +120,17 @@ void launch_with(SsdParams &p, const Tensor &B, const Tensor &C, int64_t segment
     const int processors = multiprocessors(B.get_device_index());
     const int slots = processors * kSsdCtas<kStates16, kForm> / p.cluster;     // of clusters
     p.units = (p.states + p.cluster - 1) / p.cluster;
-    if (segments == 0) segments = best_segments(p.units, slots, processors / p.cluster, chunks);
+    Segments dealt{0, static_cast<int>(segments)};
+    if (segments == 0)
+        dealt = best_segments(p.units, slots, processors / p.cluster, chunks, kForm != SsdForm::kWords);
     p.clusters = p.units;
     p.rounds = 1;
     int64_t places = 0, takers = 1;                          // of states that clusters leave; that take one of them
-    if (segments > 1) {
-        p.segment_chunks = static_cast<int>((chunks + segments - 1) / segments);
+    if (dealt.count > 1) {
+        p.whole = dealt.whole;
+        p.segment_chunks = (chunks + dealt.count - 1) / dealt.count;
         takers = (chunks + p.segment_chunks - 1) / p.segment_chunks - 1;
-        places = p.units * takers;
+        places = (p.units - p.whole) * takers;
         p.clusters += static_cast<int>(places);
     } else if (p.units > slots) {
         const int left = p.units % slots, parts = best_parts(left, slots, chunks);
