@@ -69,7 +69,9 @@ def scans() -> Iterator[Call]:
         yield scan(2, 13001, 9, dstate)
     for dstate in range(1, 17):                         # many channels, rows on the grid; a lane, two or four for some
         yield scan(2, 8501 if dstate % 4 < 2 else 13001, 72, dstate, F16 if dstate % 2 else BF16)
-    for channels, dstate in ((13001, 2), (5001, 7), (1500, 12), (13001, 16)):   # and off it
+    for dstate in range(11, 17):                        # and two warps of 16 channels for each scheduler
+        yield scan(2, 8201, 72, dstate, F16 if dstate % 2 else BF16)
+    for channels, dstate in ((13001, 2), (5001, 7), (1500, 12), (13001, 16)):   # and off the grid
         yield scan(2, channels, 277, dstate, F16 if dstate % 2 else BF16)
     name, op, arguments = scan(2, 9001, 264, 7)         # u one row for all, B off the grid
     u, _, _, B, *_ = arguments
@@ -117,8 +119,10 @@ def ssds(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
     yield ssd(27, 130, 20, 61, 16, extras=False)                     # a large x, which comes by words
     yield ssd(30, 150, 5, 32, 100, extras=False)                     # two heads side by side in a consumer's rows
     yield ssd(20, 150, 7, 16, 128, extras=False)
+    yield ssd(34, 130, 4, 48, 100, extras=False)
     yield ssd(1, 1, 4, 64, 128)
     yield ssd(1, 1000, 3, 64, 128)                      # segments
+    yield ssd(1, 1000, 140, 8, 64, extras=False)        # of the last heads only
     yield ssd(4, 130, 67, 61, 101, packed=True)         # clusters
     yield ssd(4, 270, 67, 61, 101, extras=False)        # and heads taken in parts
     yield ssd(4, 270, 67, 64, 64, extras=False)

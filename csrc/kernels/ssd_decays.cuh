@@ -58,30 +58,37 @@ __device__ __forceinline__ uint2 fetch_dt(const SsdParams &p, const SsdSource &s
     return {raw[0], raw[1]};
 }
 
-// The decays of a chunk, by one warp.
-template <typename Input, bool kHasRuns>
-__device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSource &source, int chunk, int lane,
-                                               uint2 raw, SsdDecays &to) {
-    const auto given = [&](uint32_t raw) { return p.dt_float ? __uint_as_float(raw) : unpack<Input>(raw).x; };
-    float dt[2] = {given(raw.x), given(raw.y)}, decay[2];
-    int run[2] = {0, 0};
+// The steps of two neighbouring tokens in each lane.
+struct SsdSteps {
+    float dt[2], s[2];                                       // dt as it counts: 0 where nothing is shown
+    int run[2], run_in;                                      // their runs; the run that the state before belongs to
     bool shown[2];
+};
+
+// The steps of a chunk, by one warp.
+template <typename Input, bool kHasRuns>
+__device__ __forceinline__ SsdSteps steps_of(const SsdParams &p, const SsdSource &source, int chunk, int lane, uint2 raw) {
+    const auto given = [&](uint32_t raw) { return p.dt_float ? __uint_as_float(raw) : unpack<Input>(raw).x; };
+    SsdSteps steps{{given(raw.x), given(raw.y)}, {}, {}, 0, {}};
+    float decay[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+        float &dt = steps.dt[i];
+        int &run = steps.run[i];
         const int t = chunk * kChunk + 2 * lane + i;
-        shown[i] = t < p.length;
-        dt[i] += source.bias;
-        if (p.dt_softplus) dt[i] = ssd_softplus(dt[i]);
-        dt[i] = dt[i] < p.dt_min ? p.dt_min : dt[i];     // comparisons, so that NaN stays NaN
-        dt[i] = dt[i] > p.dt_max ? p.dt_max : dt[i];
+        steps.shown[i] = t < p.length;
+        dt += source.bias;
+        if (p.dt_softplus) dt = ssd_softplus(dt);
+        dt = dt < p.dt_min ? p.dt_min : dt;                  // comparisons, so that NaN stays NaN
+        dt = dt > p.dt_max ? p.dt_max : dt;
         if (kHasRuns && p.runs != nullptr) {
-            run[i] = source.runs[min(t, p.length - 1)];
-            shown[i] = shown[i] && run[i] >= 0;
-            run[i] = run[i] < 0 ? ~run[i] : run[i];
+            run = source.runs[min(t, p.length - 1)];
+            steps.shown[i] = steps.shown[i] && run >= 0;
+            run = run < 0 ? ~run : run;
         }
-        dt[i] = shown[i] ? dt[i] : 0.f;
-        decay[i] = dt[i] * source.A;
-        decay[i] = decay[i] < -160.f ? -160.f : decay[i];        // is 0 all the same, and s keeps its digits
+        dt = steps.shown[i] ? dt : 0.f;
+        decay[i] = dt * source.A;
+        decay[i] = decay[i] < -160.f ? -160.f : decay[i];    // is 0 all the same, and s keeps its digits
     }
     float sum = decay[0] + decay[1];
 #pragma unroll
@@ -89,13 +96,18 @@ __device__ __forceinline__ void prepare_decays(const SsdParams &p, const SsdSour
         const float other = __shfl_up_sync(0xffffffffu, sum, offset);
         if (lane >= offset) sum += other;
     }
-    const float s[2] = {sum - decay[1], sum};
-    const float anchor = __shfl_sync(0xffffffffu, sum, lane | 7);
-    const float total = __shfl_sync(0xffffffffu, sum, 31);
+    steps.s[0] = sum - decay[1];
+    steps.s[1] = sum;
+    if (kHasRuns && p.runs != nullptr && chunk > 0) steps.run_in = source.runs[chunk * kChunk - 1];
+    steps.run_in = steps.run_in < 0 ? ~steps.run_in : steps.run_in;
+    return steps;
+}
+
+// What these come to, to shared memory, by the same warp.
+__device__ __forceinline__ void write_decays(const SsdSteps &steps, int lane, SsdDecays &to) {
+    const auto &[dt, s, run, run_in, shown] = steps;
+    const float anchor = __shfl_sync(0xffffffffu, s[1], lane | 7), total = __shfl_sync(0xffffffffu, s[1], 31);
     const int run_out = __shfl_sync(0xffffffffu, run[1], 31);
-    int run_in = 0;                                      // that the state belongs to
-    if (kHasRuns && p.runs != nullptr && chunk > 0) run_in = source.runs[chunk * kChunk - 1];
-    run_in = run_in < 0 ? ~run_in : run_in;
     float from_state[2], to_state[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

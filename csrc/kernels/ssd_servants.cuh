@@ -66,7 +66,7 @@ constexpr int kCarryFloats = (kStates16 * 8 + 1) * 128;
 // have the fewest scores. 6 copies, 7 prepares decays.
 constexpr int kCopyWarp = 6;
 template <int kStates16, SsdForm kForm>
-constexpr int kServantRegisters = kForm == SsdForm::kExtras ? 56 : kSsdCtas<kStates16, kForm> == 3 ? 40 : 48;
+constexpr int kServantRegisters = kForm == SsdForm::kExtras || kForm == SsdForm::kMixed ? 56 : kSsdCtas<kStates16, kForm> == 3 ? 40 : 48;
 template <int kStates16, SsdForm kForm>
 constexpr int kConsumerRegisters = 2 * kSsdRegisters<kStates16, kForm> - kServantRegisters<kStates16, kForm>;
 
@@ -211,25 +211,30 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
         } else {
+            // Where a state has channels of one head only, this twice.
+            constexpr int kHeads = Shared::kHeads;
             const SsdHeads heads = heads_of<Shared::kMixed>(p, rows_of<kExtras>(p, piece.state));
-            SsdSource source = source_of(p, batch, heads.first);
+            SsdSource sources[kHeads];
+#pragma unroll
+            for (int i = 0; i < kHeads; ++i) sources[i] = source_of(p, batch, heads.first + min(i, heads.count - 1));
 #pragma unroll 1
             for (int local = is_local; local >= 0; --local) {
-                uint2 next = fetch_dt(p, source, piece.first, lane);
+                uint2 next[kHeads];
+#pragma unroll
+                for (int i = 0; i < kHeads; ++i) next[i] = fetch_dt(p, sources[i], piece.first, lane);
 #pragma unroll 1
                 for (int chunk = piece.first; chunk < piece.last; ++chunk) {
-                    SsdDecays *const decays =
-                        reinterpret_cast<SsdDecays *>(shared + Shared::kDecays) + stage * Shared::kHeads;
-#pragma unroll 1
-                    for (int i = 0; i < heads.count; ++i) {
-                        const SsdSource current = source;
-                        const uint2 dt = next;
-                        const bool last = i + 1 == heads.count;
-                        if (Shared::kMixed) source = source_of(p, batch, heads.first + (last ? 0 : i + 1));
-                        next = fetch_dt(p, source, chunk + last, lane);
-                        if (i == 0) barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
-                        prepare_decays<Input, kExtras>(p, current, chunk, lane, dt, decays[i]);
+                    SsdDecays *const decays = reinterpret_cast<SsdDecays *>(shared + Shared::kDecays) + stage * kHeads;
+                    SsdSteps steps[kHeads];                  // found while the stage is still read
+#pragma unroll
+                    for (int i = 0; i < kHeads; ++i) {
+                        const uint2 dt = next[i];
+                        next[i] = fetch_dt(p, sources[i], chunk + 1, lane);
+                        steps[i] = steps_of<Input, kExtras>(p, sources[i], chunk, lane, dt);
                     }
+                    barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
+#pragma unroll
+                    for (int i = 0; i < kHeads; ++i) write_decays(steps[i], lane, decays[i]);
                     barrier_arrive_by_warp(shared_at + Shared::kChannelsThere + stage * 8, lane);
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }

@@ -66,13 +66,13 @@ int best_cluster(const SsdParams &p, bool copied, const Tensor &x, const MaybeTe
 constexpr int kMostStatesMixed = 128;
 
 // Takes the channels of all heads for those of one, in tiles that hold channels of two heads, where there are more heads
-// than multiprocessors, and these tiles are so much fewer that a chunk of theirs may take 1.27 times as long (measured
+// than multiprocessors, and these tiles are so much fewer that a chunk of theirs may take 1.25 times as long (measured
 // on an H200). The 16 rows of a warp are of one head.
 void mix_heads(SsdParams &p, int64_t batch, int64_t groups, int processors) {
     const bool can = groups == 1 && p.heads > 1 && !p.has_z && p.runs == nullptr && p.dstate <= kMostStatesMixed
         && p.headdim % 16 == 0 && p.x.head == p.headdim && p.x_words == nullptr && heads_start_with_boxes(p);
     const int channels = p.heads * p.headdim, tile = std::min(2 * p.headdim, 64), tiles = (channels + tile - 1) / tile;
-    if (!can || p.states <= processors || tiles > 0.7 * p.heads * p.tiles) return;
+    if (!can || p.states <= processors || tiles > 0.75 * p.heads * p.tiles) return;
     p.mixed_headdim = p.headdim;
     p.headdim = channels;
     p.heads = 1;
