@@ -305,9 +305,9 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
         if (Shared::kPairs && p.y_boxes == SsdBoxesOfY::kPairs)     // whole pieces first
             y_offset = tile_offset(lane % 8 + 8 * (block >> 1),
                                    warp * 32 + (block & 1) * 16 - pair_rows_of(p, rows, place.rank).turn * 16 & 127);
+        auto tile_of_C = [&](int stage) { return descriptor(shared_at + stage * Shared::kStage); };
         auto begin_scores = [&](int stage) {                 // C B^T of a stage, on its way
-            const uint32_t C_tile = descriptor(shared_at + stage * Shared::kStage);
-            const uint32_t B_tile = later(C_tile, Shared::kOperand);
+            const uint32_t C_tile = tile_of_C(stage), B_tile = later(C_tile, Shared::kOperand);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kStates16; ++k) {
@@ -322,10 +322,30 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
             wgmma_wait<0>();
             pin(S);
         };
+        // h C^T: on its way while x is loaded, or, where registers are too few for both, a few states at a time.
+        constexpr bool kAtOnce = kCtas == 2;
+        constexpr int kBatch = kAtOnce || kStates16 < 4 ? kStates16 : 4;
+        float y[32];
+        uint32_t h16[kBatch][4];
+        auto add_states = [&](int first, uint32_t C_tile) {
+#pragma unroll
+            for (int k = 0; k < kBatch; ++k)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    h16[k][i] = pack<Input>(h[(first + k) * 8 + 2 * i], h[(first + k) * 8 + 2 * i + 1]);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kBatch; ++k)
+                wgmma_rs<Input, 64, 0>(
+                    y, h16[k], later(C_tile, (first + k) / 4 * kTileBytes + (first + k) % 4 * 32), first + k > 0);
+            wgmma_commit();
+        };
         constexpr bool kEarly = kCtas == 2;                  // S while the y before leaves; else registers are short
-        // x while S is waited for: two loads in turn, the branch between which keeps others waiting (measured on an H200).
-        constexpr bool kLoadsEarly = kEarly && Shared::kHasRest && !kExtras;
+        // h C^T right behind it, and x while both are waited for: of two loads in turn, the branch between which keeps
+        // others waiting. Where there is one, that costs more than it saves (measured on an H200).
+        constexpr bool kTogether = kEarly && Shared::kHasRest && !kExtras;
         if constexpr (kEarly) take_scores();
+        if constexpr (kTogether) add_states(0, tile_of_C(stage));
 #pragma unroll 1
         for (int left = piece.last - piece.first; left > 0; --left) {
             const uint32_t C_at = shared_at + stage * Shared::kStage, B_at = C_at + Shared::kOperand;
@@ -337,17 +357,17 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
             else y_offset = x_offset;
             const int row0 = thread / 32 * 16 + thread / 4 % 8, q = thread % 4;
             const uint32_t C_tile = descriptor(C_at), B_tile = descriptor(B_at), S_tile = descriptor(scores_at);
-            float y[32];
             if constexpr (!kEarly) take_scores();
             barrier_wait(channels_there + stage * 8, parity);
             uint32_t x16[4][4];
-            if constexpr (kLoadsEarly) load_channels(x16, x_at, rest_of(stage));
+            if constexpr (kTogether) load_channels(x16, x_at, rest_of(stage));
             const SsdDecays &first_decays = decays_of(stage, 0);
             auto s_rows_of = [&](const SsdDecays &decays) { return make_float2(decays.s[row0], decays.s[row0 + 8]); };
             const float2 s_rows = s_rows_of(first_decays);
             if constexpr (kEarly) {
                 wgmma_wait<0>();
                 pin(S);
+                if constexpr (kTogether) pin(y);
             }
             if (kExtras && p.runs != nullptr) {
                 const int run[2] = {decays.run[row0] >> 1, decays.run[row0 + 8] >> 1};
@@ -409,39 +429,24 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
             weigh_scores(first_decays, s_rows, S, S_at);
             fence_for_copies();
 
-            // h C^T: on its way while x is loaded, or, where registers are too few for both, a few states at a time.
-            constexpr bool kAtOnce = kCtas == 2;
-            constexpr int kBatch = kAtOnce || kStates16 < 4 ? kStates16 : 4;
-            uint32_t h16[kBatch][4];
-            auto add_states = [&](int first) {
-#pragma unroll
-                for (int k = 0; k < kBatch; ++k)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        h16[k][i] = pack<Input>(h[(first + k) * 8 + 2 * i], h[(first + k) * 8 + 2 * i + 1]);
-                wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < kBatch; ++k)
-                    wgmma_rs<Input, 64, 0>(
-                        y, h16[k], later(C_tile, (first + k) / 4 * kTileBytes + (first + k) % 4 * 32), first + k > 0);
-                wgmma_commit();
-            };
-            add_states(0);
+            if constexpr (!kTogether) add_states(0, C_tile);
             SsdWeighted weighted;
             if constexpr (kAtOnce) {
-                if constexpr (!kLoadsEarly) load_channels(x16, x_at, rest_of(stage));
+                if constexpr (!kTogether) load_channels(x16, x_at, rest_of(stage));
                 weigh_for_state<Input>(x16, weighted, decays, q);
             }
-            wgmma_wait<0>();
-            pin(y);
+            if constexpr (!kTogether) {
+                wgmma_wait<0>();
+                pin(y);
+            }
 #pragma unroll
             for (int first = kBatch; first < kStates16; first += kBatch) {
-                add_states(first);
+                add_states(first, C_tile);
                 wgmma_wait<0>();
                 pin(y);
             }
             if constexpr (!kAtOnce) {
-                if constexpr (!kLoadsEarly) load_channels(x16, x_at, rest_of(stage));
+                if constexpr (!kTogether) load_channels(x16, x_at, rest_of(stage));
                 weigh_for_state<Input>(x16, weighted, decays, q);
             }
 #pragma unroll
@@ -509,6 +514,10 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
                 if (left > 1) barrier_wait(states_there + (stage ^ 1) * 8, parity ^ stage);
                 begin_scores(stage ^ 1);
                 wgmma_wait<1>();
+                if constexpr (kTogether) {
+                    pin(h);
+                    add_states(0, tile_of_C(stage ^ 1));
+                }
             } else {
                 wgmma_wait<0>();
             }
