@@ -167,6 +167,14 @@ def test_many_channels_of_any_number_of_states(channels, length, dstate, dtype):
     assert_matches(inputs(2, channels, length, dstate, dtype))
 
 
+# As many as two warps of 16 take on each scheduler of an H200: tiles are longer where no warp has 32.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dstate", range(11, 17))
+@pytest.mark.parametrize(("channels", "length"), [(8001, 8), (8001, 64), (8448, 72), (6411, 520)])
+def test_half_warps_of_many_states(channels, length, dstate, dtype):
+    assert_matches(inputs(2, channels, length, dstate, dtype))
+
+
 # Rows on the grid of 16 bytes and off. Nothing comes between the calls: each may begin while the one before ends.
 @pytest.mark.parametrize("length", [48, 299])
 def test_many_channels_hand_their_state_on(length):

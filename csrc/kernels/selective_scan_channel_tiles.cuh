@@ -15,16 +15,14 @@ namespace shedder {
 
 // kOnGrid_: all rows begin with a piece of memory. Else those of u, delta, z and y of a channel lie alike, and the
 // channels of a warp are sixteen apart, so that its rows of y begin at the same place of a sector of 16 elements. They
-// are taken to begin with the sector, `skew` steps earlier.
-template <typename Input_, int kStates_, int kLanes_, bool kOnGrid_>
+// are taken to begin with the sector, `skew` steps earlier. kSteps_: of a tile.
+template <typename Input_, int kStates_, int kLanes_, bool kOnGrid_, int kSteps_>
 struct ScanRows {
     using Input = Input_;
-    static constexpr int kStates = kStates_, kLanes = kLanes_;
+    static constexpr int kStates = kStates_, kLanes = kLanes_, kSteps = kSteps_;
     static constexpr bool kOnGrid = kOnGrid_;
     static_assert(sizeof(Input) == 2 && (kLanes == 1 || kLanes == 2 || kLanes == 4));
     static constexpr int kChannels = 32 / kLanes, kApart = kOnGrid ? 1 : 16;
-    // Of a tile; 32 where 64 take so much shared memory that a multiprocessor has room for fewer warps.
-    static constexpr int kSteps = kLanes == 1 || (kLanes == 2 && kStates > 5) ? 32 : 64;
     static constexpr int kSlots = kStates * kLanes;          // states there is room for
     static constexpr int kRowPieces = kSteps / kPieceSteps;
     static constexpr int kRow = 16 * kRowPieces, kTile = kChannels * kRow;   // bytes: of a row, a tensor's tile

@@ -137,7 +137,8 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, cons
                 }
                 sums[t] = y;
             };
-            constexpr int kAhead = 2;                        // steps whose decays are taken ahead of the updates
+            // Steps whose decays are taken ahead of the updates: more where two warps have a scheduler to themselves.
+            constexpr int kAhead = kLanes == 2 && kStates > 5 && kSteps == 64 ? 4 : 2;
 #pragma unroll
             for (int t = 0; t < kAhead; ++t) take(t);
 #pragma unroll
@@ -197,27 +198,31 @@ struct ScanDeal {
 
 constexpr int kMostScanSlots = 16;                           // states that there are kernels for
 
-template <typename Input, int kSlots, bool kOnGrid_>
+// kWide: with shares of 32.
+template <typename Input, int kSlots, bool kOnGrid_, bool kWide_>
 struct ScanKinds {
-    static constexpr bool kOnGrid = kOnGrid_;
-    using Wide = ScanRows<Input, kSlots, 1, kOnGrid>;
-    using Half = ScanRows<Input, (kSlots + 1) / 2, 2, kOnGrid>;
-    using Quarter = ScanRows<Input, (kSlots + 3) / 4, 4, kOnGrid>;
+    static constexpr bool kOnGrid = kOnGrid_, kWide = kWide_;
+    // 64 steps where these do not take so much shared memory that a multiprocessor has room for fewer warps.
+    static constexpr int kHalfSteps = kWide && kSlots > 10 ? 32 : 64;
+    using Wide = ScanRows<Input, kSlots, 1, kOnGrid, 32>;
+    using Half = ScanRows<Input, (kSlots + 1) / 2, 2, kOnGrid, kHalfSteps>;
+    using Quarter = ScanRows<Input, (kSlots + 3) / 4, 4, kOnGrid, 64>;
     // Swizzles begin with multiples of 1024 bytes.
     static constexpr int kWarpBytes =
-        (std::max({Wide::kSharedBytes, Half::kSharedBytes, Quarter::kSharedBytes}) + 1023) / 1024 * 1024;
+        (std::max({kWide ? Wide::kSharedBytes : 0, Half::kSharedBytes, Quarter::kSharedBytes}) + 1023) / 1024 * 1024;
     // A warp for each scheduler of a multiprocessor takes up so much shared memory; three, or two, what there is.
     static constexpr int kRoundBytes = 4 * kWarpBytes, kMostRounds = std::min(227 * 1024 / kRoundBytes, 3);
     static_assert(kMostRounds > 1 && 2 * kMostRounds * kRoundBytes > 227 * 1024);
 };
 
 // Neighbouring shares go to the four schedulers of a multiprocessor, then to the next one.
-template <typename Input, int kSlots, bool kOnGrid>
-__global__ void __launch_bounds__(128 * ScanKinds<Input, kSlots, kOnGrid>::kMostRounds, 1) selective_scan_channels(
+template <typename Input, int kSlots, bool kOnGrid, bool kWide>
+__global__ void
+__launch_bounds__(128 * ScanKinds<Input, kSlots, kOnGrid, kWide>::kMostRounds, 1) selective_scan_channels(
     const __grid_constant__ SelectiveScanParams p, const __grid_constant__ ScanDeal deal,
     const __grid_constant__ ScanMaps<kOnGrid> maps, const uint32_t *state_words) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900           // which have the copy engine
-    using Kinds = ScanKinds<Input, kSlots, kOnGrid>;
+    using Kinds = ScanKinds<Input, kSlots, kOnGrid, kWide>;
     extern __shared__ __align__(1024) char scan_tiles[];
     if (blockDim.x > 128) start_dependents();                // a CTA has a multiprocessor to itself
     const int wide = deal.wide * p.batch, half = deal.half * p.batch;
@@ -231,8 +236,9 @@ __global__ void __launch_bounds__(128 * ScanKinds<Input, kSlots, kOnGrid>::kMost
         const int of_map = in_batch / kApart, first = before + in / of_map + in % of_map * kApart * kChannels;
         if (b < p.batch && first < p.channels) scan_channels<decltype(rows)>(p, maps, state_words, b, first, shared);
     };
-    if (share < wide) take(typename Kinds::Wide{}, share, deal.wide, 0);
-    else if (share < wide + half) take(typename Kinds::Half{}, share - wide, deal.half, deal.wide * 32);
+    if constexpr (kWide)
+        if (share < wide) return take(typename Kinds::Wide{}, share, deal.wide, 0);
+    if (share < wide + half) take(typename Kinds::Half{}, share - wide, deal.half, deal.wide * 32);
     else if (deal.quarter > 0)
         take(typename Kinds::Quarter{}, share - wide - half, deal.quarter, deal.wide * 32 + deal.half * 16);
 #endif

@@ -95,14 +95,11 @@ Tensor make_state_words(const SelectiveScanParams &p, int slots, const Tensor &u
     return words;
 }
 
-// Off the grid there are kernels for every second number of states.
-template <typename Input, bool kOnGrid, int kSlots = kOnGrid ? 1 : 2>
-void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, const Tensor &u, cudaStream_t stream) {
-    if constexpr (kSlots < kMostScanSlots)
-        if (p.dstate > kSlots) return launch_slots<Input, kOnGrid, kSlots + (kOnGrid ? 1 : 2)>(p, deal, u, stream);
+template <typename Input, int kSlots, bool kOnGrid, bool kWide>
+void launch_deal(const SelectiveScanParams &p, const ScanDeal &deal, const Tensor &u, cudaStream_t stream) {
     const int32_t device = u.get_device_index();
-    const auto kernel = selective_scan_channels<Input, kSlots, kOnGrid>;
-    using Kinds = ScanKinds<Input, kSlots, kOnGrid>;
+    const auto kernel = selective_scan_channels<Input, kSlots, kOnGrid, kWide>;
+    using Kinds = ScanKinds<Input, kSlots, kOnGrid, kWide>;
     // Where all warps run at once, a CTA for each multiprocessor; else CTAs of one warp for each scheduler.
     const int ctas = (p.batch * (deal.wide + deal.half + deal.quarter) + 3) / 4, there = multiprocessors(device);
     const int most = std::min(shared_bytes_of_cta(device) / Kinds::kRoundBytes, Kinds::kMostRounds);
@@ -114,6 +111,18 @@ void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, const Tens
     if (!kOnGrid) words = make_state_words<Input>(p, kSlots, u, stream);
     launch_ctas(kernel, {static_cast<unsigned>(grid), 128u * rounds, shared}, stream, p, deal,
                 make_maps<Kinds>(p, deal), words ? static_cast<const uint32_t *>(words->const_data_ptr()) : nullptr);
+}
+
+// Off the grid there are kernels for every second number of states.
+template <typename Input, bool kOnGrid, int kSlots = kOnGrid ? 1 : 2>
+void launch_slots(const SelectiveScanParams &p, const ScanDeal &deal, const Tensor &u, cudaStream_t stream) {
+    if constexpr (kSlots < kMostScanSlots)
+        if (p.dstate > kSlots) return launch_slots<Input, kOnGrid, kSlots + (kOnGrid ? 1 : 2)>(p, deal, u, stream);
+    // Tiles of 64 steps for halves of many states, where each scheduler has two warps at most.
+    if constexpr (kOnGrid && ScanKinds<Input, kSlots, kOnGrid, true>::kHalfSteps < 64)
+        if (deal.wide == 0 && p.batch * (deal.half + deal.quarter) <= 8 * multiprocessors(u.get_device_index()))
+            return launch_deal<Input, kSlots, kOnGrid, false>(p, deal, u, stream);
+    launch_deal<Input, kSlots, kOnGrid, true>(p, deal, u, stream);
 }
 
 }  // namespace
