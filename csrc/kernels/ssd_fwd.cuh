@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             barrier_init(states_there + i * 8, 1);
-            barrier_init(channels_there + i * 8,                                             // copies, loads, decays
-                         (kWords ? 32 : 1) + (Shared::kLoadsRest ? kWarpArrivals : 0) + kWarpArrivals);
+            barrier_init(channels_there + i * 8, (kWords ? 32 : 1) + kWarpArrivals);         // copies, decays
             barrier_init(empty_at + i * 8, (4 * p.cluster + (kExtras ? 2 : 0)) * kWarpArrivals);
         }
         for (int i = 0; i < kGivenPlaces; ++i) {

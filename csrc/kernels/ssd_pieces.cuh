@@ -28,8 +28,6 @@ struct SsdOperand {
     int first, head;                                         // columns: of the first head, from head to head
     int piece;                                               // columns at whose multiples boxes, or words, begin
     int batch, batches;                                      // columns between batch entries and 0, or 0 and 1
-    const uint16_t *from, *end;                              // column 0 of the first token; behind the last element
-    int64_t of_batch, of_time;                               // elements from entry to entry, token to token
 };
 
 // What the copy engine stores y in, where it does.

@@ -27,21 +27,11 @@ enum class SsdForm : int {
     kMixed,                                                  // channels of two heads in the 64 rows of a consumer
 };
 
-// States / 16 up to which three CTAs of a multiprocessor have registers enough.
-template <SsdForm kForm>
-constexpr int kFewStates16 = kForm == SsdForm::kPlain ? 3 : kForm == SsdForm::kAnywhere ? 2 : 0;
-// CTAs of a multiprocessor. Where there are several, the consumer takes registers of the other warps.
-template <int kStates16, SsdForm kForm>
-constexpr int kSsdCtas = kStates16 > 8 ? 1 : kStates16 > kFewStates16<kForm> ? 2 : 3;
-
 template <int kStates16, SsdForm kForm>
 struct SsdShared {
     static constexpr bool kExtras = kForm == SsdForm::kExtras, kMixed = kForm == SsdForm::kMixed,
                           kPairs = kForm == SsdForm::kAnywhere,
                           kHasRest = kPairs || kExtras || kForm == SsdForm::kWords;      // columns behind boxes of x
-    // Whether what lies behind boxes of x comes by loads, since the copy engine takes as long for rows of 16 bytes as for
-    // rows of 128: where there are registers for it.
-    static constexpr bool kLoadsRest = kPairs && kSsdCtas<kStates16, kForm> == 2;
     static constexpr int kTiles = (kStates16 + 3) / 4;       // of 64 states
     static constexpr int kInputs = kExtras ? 2 : 1;          // x, z
     static constexpr int kHeads = kMixed ? 2 : 1;
@@ -60,6 +50,12 @@ struct SsdShared {
     static constexpr int kBytes = kPlace + sizeof(SsdPlace) + 1024;        // and room to align the first tile
 };
 
+// States / 16 up to which three CTAs of a multiprocessor have registers enough.
+template <SsdForm kForm>
+constexpr int kFewStates16 = kForm == SsdForm::kPlain ? 3 : kForm == SsdForm::kAnywhere ? 2 : 0;
+// CTAs of a multiprocessor. Where there are several, the consumer takes registers of the other warps.
+template <int kStates16, SsdForm kForm>
+constexpr int kSsdCtas = kStates16 > 8 ? 1 : kStates16 > kFewStates16<kForm> ? 2 : 3;
 // Registers of a thread before that, in eights.
 template <int kStates16, SsdForm kForm>
 constexpr int kSsdRegisters = 65536 / 256 / kSsdCtas<kStates16, kForm> / 8 * 8;
@@ -70,8 +66,7 @@ constexpr int kCarryFloats = (kStates16 * 8 + 1) * 128;
 // have the fewest scores. 6 copies, 7 prepares decays.
 constexpr int kCopyWarp = 6;
 template <int kStates16, SsdForm kForm>
-constexpr int kServantRegisters =
-    kForm == SsdForm::kExtras || kForm == SsdForm::kMixed ? 56 : kSsdCtas<kStates16, kForm> == 3 ? 40 : 48;
+constexpr int kServantRegisters = kForm == SsdForm::kExtras || kForm == SsdForm::kMixed ? 56 : kSsdCtas<kStates16, kForm> == 3 ? 40 : 48;
 template <int kStates16, SsdForm kForm>
 constexpr int kConsumerRegisters = 2 * kSsdRegisters<kStates16, kForm> - kServantRegisters<kStates16, kForm>;
 
@@ -171,30 +166,6 @@ __device__ __forceinline__ void copy_with_words(const SsdParams &p, const SsdPla
     }
 }
 
-// The 8 columns of x behind the boxes of a chunk, of two neighbouring tokens in each lane.
-struct SsdRestOfX {
-    uint4 tokens[2];
-};
-
-__device__ __forceinline__ SsdRestOfX fetch_rest(const SsdParams &p, const SsdRows &rows, int batch, int chunk, int lane) {
-    SsdRestOfX rest{};
-    const int first = chunk * kChunk + 2 * lane;
-    const uint16_t *from = p.x.from + batch * p.x.of_batch + first * p.x.of_time + (rows.x & ~7) + 64;
-#pragma unroll
-    for (int i = 0; i < 2; ++i, from += p.x.of_time) {
-        if (first + i >= p.length) continue;
-        if (from + 8 <= p.x.end) {
-            rest.tokens[i] = *reinterpret_cast<const uint4 *>(from);
-        } else {                                             // at the end of x
-            uint32_t v[4] = {};
-#pragma unroll
-            for (int k = 0; k < 8; ++k) v[k / 2] |= (from + k < p.x.end ? uint32_t{from[k]} : 0u) << k % 2 * 16;
-            rest.tokens[i] = {v[0], v[1], v[2], v[3]};
-        }
-    }
-    return rest;
-}
-
 // A warp that copies, and one that prepares decays.
 template <typename Input, typename Shared>
 __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &place, char *shared, uint32_t shared_at) {
@@ -211,15 +182,12 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
         const int head = tile / p.tiles, group = p.head_to_group[head];
         const bool is_local = p.segment_chunks > 0 && piece.leaves >= 0;
         if (copies) {
-            const bool one = one_of_warp();
-            if (!Shared::kLoadsRest && !one) continue;
+            if (!one_of_warp()) continue;
             const SsdRows rows = rows_of<kExtras>(p, piece.state);
             const SsdShares shares = shares_of(p, place.rank, piece.unit);
-            const bool loads_rest = Shared::kLoadsRest && rows.rest, has_rest = Shared::kHasRest && rows.rest && !loads_rest;
+            const bool has_rest = Shared::kHasRest && rows.rest;
 #pragma unroll 1
-            for (int local = is_local; local >= 0; --local) {
-                SsdRestOfX rest;
-                if (loads_rest) rest = fetch_rest(p, rows, batch, piece.first, lane);
+            for (int local = is_local; local >= 0; --local)
 #pragma unroll 1
                 for (int chunk = piece.first; chunk < piece.last; ++chunk) {
                     const int operands = 1 + (has_z && !local);
@@ -229,31 +197,19 @@ __device__ __forceinline__ void produce(const SsdParams &p, const SsdPlace &plac
                     const uint32_t states_there = shared_at + Shared::kStatesThere + stage * 8,
                                    channels_there = shared_at + Shared::kChannelsThere + stage * 8;
                     barrier_wait(shared_at + Shared::kIsFree + stage * 8, parity);
-                    if (one) {
-                        copy_states<Shared>(p, shares, group, batch, local, chunk, stage_at, states_there);
-                        barrier_arrive_expecting(channels_there, operands * (kTileBytes + has_rest * kRestBytes));
+                    copy_states<Shared>(p, shares, group, batch, local, chunk, stage_at, states_there);
+                    barrier_arrive_expecting(channels_there, operands * (kTileBytes + has_rest * kRestBytes));
 #pragma unroll 1
-                        for (int operand = 0; operand < operands; ++operand) {
-                            const SsdOperand &from = operand == 0 ? p.x : p.z;
-                            const int column = (operand == 0 ? rows.x : rows.z) & ~7, entry = batch * from.batches;
-                            copy_box(x_at + operand * kTileBytes, &from.map, column, chunk * kChunk, entry, channels_there);
-                            if (has_rest)
-                                copy_box(rest_at + operand * kRestBytes, &from.rest, column + 64, chunk * kChunk, entry,
-                                         channels_there);
-                        }
-                    }
-                    if constexpr (Shared::kLoadsRest) {
-                        if (loads_rest) {
-                            uint4 *const to = reinterpret_cast<uint4 *>(shared + Shared::kRest + stage * kRestBytes);
-#pragma unroll
-                            for (int i = 0; i < 2; ++i) to[2 * lane + i] = rest.tokens[i];
-                            rest = fetch_rest(p, rows, batch, chunk + 1, lane);
-                        }
-                        barrier_arrive_by_warp(channels_there, lane);
+                    for (int operand = 0; operand < operands; ++operand) {
+                        const SsdOperand &from = operand == 0 ? p.x : p.z;
+                        const int column = (operand == 0 ? rows.x : rows.z) & ~7, entry = batch * from.batches;
+                        copy_box(x_at + operand * kTileBytes, &from.map, column, chunk * kChunk, entry, channels_there);
+                        if (has_rest)
+                            copy_box(rest_at + operand * kRestBytes, &from.rest, column + 64, chunk * kChunk, entry,
+                                     channels_there);
                     }
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
-            }
         } else {
             // Where a state has channels of one head only, this twice.
             constexpr int kHeads = Shared::kHeads;

@@ -144,10 +144,6 @@ inline SsdOperand channels_map(const char *name, uint64_t address, int64_t batch
     o.piece = 8;
     o.batch = by_batch ? 0 : static_cast<int>(of_batch);
     o.batches = by_batch && of_batch > 0;
-    o.from = reinterpret_cast<const uint16_t *>(address) - first;
-    o.of_batch = by_batch ? of_batch : 0;
-    o.of_time = of_time;
-    o.end = o.from + (by_batch ? batch - 1 : 0) * of_batch + (rows - 1) * of_time + columns;
     return o;
 }
 
