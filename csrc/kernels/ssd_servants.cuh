@@ -66,7 +66,8 @@ constexpr int kCarryFloats = (kStates16 * 8 + 1) * 128;
 // have the fewest scores. 6 copies, 7 prepares decays.
 constexpr int kCopyWarp = 6;
 template <int kStates16, SsdForm kForm>
-constexpr int kServantRegisters = kForm == SsdForm::kExtras || kForm == SsdForm::kMixed ? 56 : kSsdCtas<kStates16, kForm> == 3 ? 40 : 48;
+constexpr int kServantRegisters =
+    kForm == SsdForm::kExtras || kForm == SsdForm::kMixed ? 56 : kSsdCtas<kStates16, kForm> == 3 ? 40 : 48;
 template <int kStates16, SsdForm kForm>
 constexpr int kConsumerRegisters = 2 * kSsdRegisters<kStates16, kForm> - kServantRegisters<kStates16, kForm>;
 
