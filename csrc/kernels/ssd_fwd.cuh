@@ -42,6 +42,7 @@
 #include "kernels/dependents.cuh"
 #include "kernels/ssd_pieces.cuh"
 #include "kernels/ssd_servants.cuh"
+#include "kernels/ssd_states.cuh"
 #include "kernels/ssd_wgmma.cuh"
 
 namespace shedder {
@@ -156,31 +157,8 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
     auto decays_of = [&](int stage, int head) -> const SsdDecays & {
         return reinterpret_cast<const SsdDecays *>(shared + Shared::kDecays)[stage * Shared::kHeads + head];
     };
-    // A state that a CTA leaves, and the decay of each thread's rows over the segment that it ends.
-    auto carry = [&](int of) { return p.carry + of * int64_t{kCarryFloats<kStates16>} + threadIdx.x; };
-    auto is_left = [&](int of) { return p.is_left + of * int64_t{p.takers}; };
-    auto leave = [&](const float *h, int of, float decay) {
-        float *const to = carry(of);
-#pragma unroll
-        for (int i = 0; i < kStates16 * 8; ++i) __stcg(to + i * 128, h[i]);
-        __stcg(to + kStates16 * 8 * 128, decay);
-        __threadfence();
-        warpgroup_barrier(1);
-        for (int i = threadIdx.x; i < p.takers; i += 128) release(is_left(of) + i, p.call);
-    };
     auto release_stage = [&](int stage) {                    // to all who copy into it
         barrier_arrive_by_warp(empty_at + stage * 8, lane, p.cluster);
-    };
-    // The channels of this thread's rows, and their places in states; found anew at each use: registers are short.
-    auto channel_of = [&](const SsdRows &rows, int down) {
-        unsigned thread = threadIdx.x;
-        asm volatile("" : "+r"(thread));
-        return static_cast<int>(thread / 32 * 16 + thread % 32 / 4) + down - rows.first & 63;
-    };
-    auto exists = [&](const SsdRows &rows, int down) { return channel_of(rows, down) < rows.channels; };
-    auto state_row = [&](auto *states, int state, const SsdRows &rows, int down) {
-        return states + (int64_t{state / p.tiles} * p.headdim + rows.first_channel + channel_of(rows, down)) * p.dstate
-            + threadIdx.x % 4 * 2;
     };
     int stage = 0;
     uint32_t parity = 0;
@@ -211,55 +189,13 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
             }
         };
         float h[kStates16 * 8];
-        // h += factor times a state; pair(i): its elements i and i + 1.
-        auto add = [&](float factor, auto &&pair) {
-            constexpr int kCount = kStates16 * 8, kAtOnce = kStates16 <= 8 ? kCount : 16;    // or registers are short
-#pragma unroll
-            for (int first = 0; first < kCount; first += kAtOnce) {
-                float2 state[kAtOnce / 2];
-#pragma unroll
-                for (int i = 0; i < kAtOnce; i += 2) state[i / 2] = pair(first + i);
-#pragma unroll
-                for (int i = 0; i < kAtOnce; i += 2) {
-                    h[first + i] += factor * state[i / 2].x;
-                    h[first + i + 1] += factor * state[i / 2].y;
-                }
-                if constexpr (kAtOnce < kCount) asm volatile("" ::: "memory");
-            }
-        };
         // The state before the piece; first, of a segment, the one that it leaves.
 #pragma unroll 1
         for (int leaves = local; leaves >= 0; --leaves) {
 #pragma unroll
             for (int i = 0; i < kStates16 * 8; ++i) h[i] = 0.f;
-            if (piece.takes < 0 && p.initial != nullptr) {
-                const float *const initial[2] = {state_row(p.initial, piece.state, rows, 0),
-                                                 state_row(p.initial, piece.state, rows, 8)};
-                const int states[2] = {exists(rows, 0) ? p.dstate - 2 * q : 0, exists(rows, 8) ? p.dstate - 2 * q : 0};
-                const bool in_pairs = p.dstate % 2 == 0 && reinterpret_cast<uintptr_t>(p.initial) % 8 == 0;
-                add(1.f, [&](int i) {
-                    const float *const from = initial[i / 2 % 2] + i / 4 * 8;
-                    const int left = states[i / 2 % 2] - i / 4 * 8;
-                    if (in_pairs) return left > 0 ? *reinterpret_cast<const float2 *>(from) : float2{};
-                    return make_float2(left > 0 ? from[0] : 0.f, left > 1 ? from[1] : 0.f);
-                });
-            }
-            if (piece.takes >= 0 && !leaves) {
-                for (int i = threadIdx.x; i < piece.taken; i += 128) {
-                    uint64_t *const word = is_left(piece.takes - i * piece.apart) + i;
-                    while (acquire(word) != p.call) {}
-                    *word = 0;                               // for the call to come by the same name: a graph's
-                }
-                warpgroup_barrier(1);
-                float decay = 1.f;                           // from the end of a segment to the start of this one
-#pragma unroll 1
-                for (int i = 0; i < piece.taken; ++i) {
-                    const int from = piece.takes - i * piece.apart;
-                    const float *const state = carry(from);
-                    add(decay, [&](int i) { return make_float2(__ldcg(state + i * 128), __ldcg(state + (i + 1) * 128)); });
-                    decay *= __ldcg(state + kStates16 * 8 * 128);
-                }
-            }
+            if (piece.takes < 0 && p.initial != nullptr) add_initial_state<kStates16>(p, piece.state, rows, q, h);
+            if (piece.takes >= 0 && !leaves) add_states_left<kStates16>(p, piece, h);
             if (!leaves) break;
             float decay = 1.f;
 #pragma unroll 1
@@ -280,7 +216,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
                 if (kExtras && warp < 2) barrier_arrive_by_warp(empty_at + stage * 8, lane);  // there is no y to store
                 if (++stage == kStages) stage = 0, parity ^= 1;
             }
-            leave(h, piece.leaves, decay);
+            leave_state<kStates16>(p, h, piece.leaves, decay);
         }
 
         float skip[2] = {0.f, 0.f};
@@ -528,41 +464,13 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
         const SsdPiece ended = piece_of(p, place, index);
         if (ended.leaves >= 0) {
             if (p.segment_chunks > 0) continue;              // what it leaves is there since its local pass
-            leave(h, ended.leaves, 1.f);
+            leave_state<kStates16>(p, h, ended.leaves, 1.f);
             continue;
         }
         if (p.final_states == nullptr) continue;
         const SsdRows rows_of_h = rows_of<kExtras>(p, ended.state);
         asm volatile("" : "+r"(thread));                     // hidden, else what follows is kept over the piece
-        const int q = thread % 4;
-#pragma unroll
-        for (int down = 0; down < 2; ++down) {
-            float *const to = state_row(p.final_states, ended.state, rows_of_h, down * 8);
-            const bool there = exists(rows_of_h, down * 8);
-            // Two states at a time. A row that lies between pairs of memory, one of an odd number of states, takes the
-            // first of each pair from the lane before.
-            const bool between = reinterpret_cast<uintptr_t>(to) & 4;
-            float *const pairs = to - between;
-            const int left = there ? p.dstate - 2 * q + between : 0;         // states from there on
-            float behind = 0.f;
-#pragma unroll
-            for (int i = 0; i < kStates16 * 2; ++i) {
-                float2 pair{h[i * 4 + down * 2], h[i * 4 + down * 2 + 1]};
-                if (p.dstate % 2 != 0) {
-                    const float given = q == 3 ? behind : pair.y;
-                    behind = pair.y;
-                    const float taken = __shfl_sync(0xffffffffu, given, q + 3, 4);
-                    if (between) pair = {taken, pair.x};
-                }
-                if (i == 0 && between && q == 0) {
-                    if (left > 1) pairs[1] = pair.y;
-                } else if (i * 8 + 1 < left) {
-                    *reinterpret_cast<float2 *>(pairs + i * 8) = pair;
-                } else if (i * 8 < left) {
-                    pairs[i * 8] = pair.x;
-                }
-            }
-        }
+        store_final_state<kStates16>(p, ended.state, rows_of_h, thread % 4, h);
     }
     if (p.cluster > 1) cluster_sync();                       // while others may still release stages of this CTA
 #endif

@@ -59,9 +59,6 @@ constexpr int kSsdCtas = kStates16 > 8 ? 1 : kStates16 > kFewStates16<kForm> ? 2
 // Registers of a thread before that, in eights.
 template <int kStates16, SsdForm kForm>
 constexpr int kSsdRegisters = 65536 / 256 / kSsdCtas<kStates16, kForm> / 8 * 8;
-// Of a state that waits in `carry`: fragments of 128 threads, and a decay of each.
-template <int kStates16>
-constexpr int kCarryFloats = (kStates16 * 8 + 1) * 128;
 // Warps 4 and 5 store y, which is the most work beside the products: on the schedulers of the consumer's warps that
 // have the fewest scores. 6 copies, 7 prepares decays.
 constexpr int kCopyWarp = 6;
