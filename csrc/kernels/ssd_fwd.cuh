@@ -28,7 +28,7 @@
 // know nothing of one another: a first channel that lies `first` columns into its box is row `first` of h and y, and
 // what lies behind the 64 columns takes the rows before it.
 //
-// Bound: what the consumer does from one chunk to the next, products, exponentials and conversions
+// Bound: shared memory, of whose cycles operands of products, decays and copies take three quarters
 // (docs/measured-facts.md, SSD).
 
 #pragma once
