@@ -103,8 +103,9 @@ bool is_right(const SsdParams &p, int places, const char *kind) {
     ++checked;
     const char *const wrong = wrong_with(p, places);
     if (wrong != nullptr)
-        std::printf("%s: %d units, %d clusters, %d left, parts %d, chains of %d, segments of %d behind %d whole, %d chunks: %s\n", kind,
-                    p.units, p.clusters, p.left, p.parts, p.chain, p.segment_chunks, p.whole,
+        std::printf("%s: %d units, %d clusters, %d left, parts %d, chains of %d, segments of %d behind %d whole, "
+                    "%d chunks: %s\n",
+                    kind, p.units, p.clusters, p.left, p.parts, p.chain, p.segment_chunks, p.whole,
                     (p.length + kChunk - 1) / kChunk, wrong);
     return wrong == nullptr;
 }

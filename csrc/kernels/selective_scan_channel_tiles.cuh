@@ -13,6 +13,9 @@
 
 namespace shedder {
 
+// States above which a multiprocessor has no room for 12 half warps with tiles of 64 steps.
+constexpr int kManyScanStates = 10;
+
 // kOnGrid_: all rows begin with a piece of memory. Else those of u, delta, z and y of a channel lie alike, and the
 // channels of a warp are sixteen apart, so that its rows of y begin at the same place of a sector of 16 elements. They
 // are taken to begin with the sector, `skew` steps earlier. kSteps_: of a tile.

@@ -137,8 +137,8 @@ __device__ __forceinline__ void scan_channels(const SelectiveScanParams &p, cons
                 }
                 sums[t] = y;
             };
-            // Steps whose decays are taken ahead of the updates: more where two warps have a scheduler to themselves.
-            constexpr int kAhead = kLanes == 2 && kStates > 5 && kSteps == 64 ? 4 : 2;
+            // Steps whose decays are taken ahead of the updates: more where two half warps have a scheduler to themselves.
+            constexpr int kAhead = kLanes == 2 && Rows::kSlots > kManyScanStates && kSteps == 64 ? 4 : 2;
 #pragma unroll
             for (int t = 0; t < kAhead; ++t) take(t);
 #pragma unroll
@@ -202,8 +202,8 @@ constexpr int kMostScanSlots = 16;                           // states that ther
 template <typename Input, int kSlots, bool kOnGrid_, bool kWide_>
 struct ScanKinds {
     static constexpr bool kOnGrid = kOnGrid_, kWide = kWide_;
-    // 64 steps where these do not take so much shared memory that a multiprocessor has room for fewer warps.
-    static constexpr int kHalfSteps = kWide && kSlots > 10 ? 32 : 64;
+    // With shares of 32 there are three warps for each scheduler.
+    static constexpr int kHalfSteps = kWide && kSlots > kManyScanStates ? 32 : 64;
     using Wide = ScanRows<Input, kSlots, 1, kOnGrid, 32>;
     using Half = ScanRows<Input, (kSlots + 1) / 2, 2, kOnGrid, kHalfSteps>;
     using Quarter = ScanRows<Input, (kSlots + 3) / 4, 4, kOnGrid, 64>;

@@ -67,7 +67,8 @@ struct SsdSteps {
 
 // The steps of a chunk, by one warp.
 template <typename Input, bool kHasRuns>
-__device__ __forceinline__ SsdSteps steps_of(const SsdParams &p, const SsdSource &source, int chunk, int lane, uint2 raw) {
+__device__ __forceinline__ SsdSteps steps_of(const SsdParams &p, const SsdSource &source, int chunk, int lane,
+                                             uint2 raw) {
     const auto given = [&](uint32_t raw) { return p.dt_float ? __uint_as_float(raw) : unpack<Input>(raw).x; };
     SsdSteps steps{{given(raw.x), given(raw.y)}, {}, {}, 0, {}};
     float decay[2];

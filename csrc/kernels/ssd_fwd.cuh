@@ -258,9 +258,10 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
             wgmma_wait<0>();
             pin(S);
         };
-        // h C^T: on its way while x is loaded, or, where registers are too few for both, a few states at a time.
-        constexpr bool kAtOnce = kCtas == 2;
-        constexpr int kBatch = kAtOnce || kStates16 < 4 ? kStates16 : 4;
+        // Registers for S while the y before leaves, and for h C^T of all states on its way while x is loaded; else a few
+        // states at a time.
+        constexpr bool kHasRoom = kCtas == 2;
+        constexpr int kBatch = kHasRoom || kStates16 < 4 ? kStates16 : 4;
         float y[32];
         uint32_t h16[kBatch][4];
         auto add_states = [&](int first, uint32_t C_tile) {
@@ -276,31 +277,29 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
                     y, h16[k], later(C_tile, (first + k) / 4 * kTileBytes + (first + k) % 4 * 32), first + k > 0);
             wgmma_commit();
         };
-        constexpr bool kEarly = kCtas == 2;                  // S while the y before leaves; else registers are short
-        // h C^T right behind it, and x while both are waited for: of two loads in turn, the branch between which keeps
-        // others waiting. Where there is one, that costs more than it saves (measured on an H200).
-        constexpr bool kTogether = kEarly && Shared::kHasRest && !kExtras;
-        if constexpr (kEarly) take_scores();
+        // h C^T right behind S, and x while both are waited for: where x takes two loads in turn, the branch between which
+        // keeps others waiting. Where one is enough, that costs more than it saves (measured on an H200).
+        constexpr bool kTogether = kHasRoom && Shared::kHasRest && !kExtras;
+        if constexpr (kHasRoom) take_scores();
         if constexpr (kTogether) add_states(0, tile_of_C(stage));
 #pragma unroll 1
         for (int left = piece.last - piece.first; left > 0; --left) {
-            const uint32_t C_at = shared_at + stage * Shared::kStage, B_at = C_at + Shared::kOperand;
-            const uint32_t x_at = B_at + Shared::kOperand;
+            const uint32_t B_at = shared_at + stage * Shared::kStage + Shared::kOperand, x_at = B_at + Shared::kOperand;
             const SsdDecays &decays = decays_of(stage, own_head);
             // Hidden, else addresses and single bits fill the registers.
             asm volatile("" : "+r"(S_at), "+r"(x_offset), "+r"(thread), "+r"(seen));
             if (Shared::kPairs) asm volatile("" : "+r"(y_offset));
             else y_offset = x_offset;
             const int row0 = thread / 32 * 16 + thread / 4 % 8, q = thread % 4;
-            const uint32_t C_tile = descriptor(C_at), B_tile = descriptor(B_at), S_tile = descriptor(scores_at);
-            if constexpr (!kEarly) take_scores();
+            const uint32_t C_tile = tile_of_C(stage), B_tile = descriptor(B_at), S_tile = descriptor(scores_at);
+            if constexpr (!kHasRoom) take_scores();
             barrier_wait(channels_there + stage * 8, parity);
             uint32_t x16[4][4];
             if constexpr (kTogether) load_channels(x16, x_at, rest_of(stage));
             const SsdDecays &first_decays = decays_of(stage, 0);
             auto s_rows_of = [&](const SsdDecays &decays) { return make_float2(decays.s[row0], decays.s[row0 + 8]); };
             const float2 s_rows = s_rows_of(first_decays);
-            if constexpr (kEarly) {
+            if constexpr (kHasRoom) {
                 wgmma_wait<0>();
                 pin(S);
                 if constexpr (kTogether) pin(y);
@@ -367,7 +366,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
 
             if constexpr (!kTogether) add_states(0, C_tile);
             SsdWeighted weighted;
-            if constexpr (kAtOnce) {
+            if constexpr (kHasRoom) {
                 if constexpr (!kTogether) load_channels(x16, x_at, rest_of(stage));
                 weigh_for_state<Input>(x16, weighted, decays, q);
             }
@@ -381,7 +380,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
                 wgmma_wait<0>();
                 pin(y);
             }
-            if constexpr (!kAtOnce) {
+            if constexpr (!kHasRoom) {
                 if constexpr (!kTogether) load_channels(x16, x_at, rest_of(stage));
                 weigh_for_state<Input>(x16, weighted, decays, q);
             }
@@ -446,7 +445,7 @@ __global__ void __launch_bounds__(256, kSsdCtas<kStates16, kForm>) ssd_fwd(const
                                  pack<Input>(v[2], v[3]), pack<Input>(v[4], v[5]), pack<Input>(v[6], v[7]));
             }
             barrier_arrive_at<kYThere>();
-            if constexpr (kEarly) {                          // of the next chunk, or of whatever is there
+            if constexpr (kHasRoom) {                          // of the next chunk, or of whatever is there
                 if (left > 1) barrier_wait(states_there + (stage ^ 1) * 8, parity ^ stage);
                 begin_scores(stage ^ 1);
                 wgmma_wait<1>();

@@ -25,7 +25,8 @@ __device__ __forceinline__ int channel_of(const SsdRows &rows, int down) {
 }
 __device__ __forceinline__ bool exists(const SsdRows &rows, int down) { return channel_of(rows, down) < rows.channels; }
 template <typename Float>
-__device__ __forceinline__ Float *state_row(const SsdParams &p, Float *states, int state, const SsdRows &rows, int down) {
+__device__ __forceinline__ Float *state_row(const SsdParams &p, Float *states, int state, const SsdRows &rows,
+                                            int down) {
     return states + (int64_t{state / p.tiles} * p.headdim + rows.first_channel + channel_of(rows, down)) * p.dstate
         + threadIdx.x % 4 * 2;
 }
